@@ -1,0 +1,2039 @@
+"""Receive Persona's webhooks: a journal of every event, and the KYC status of every person.
+
+The way of an event, which is also the order of this file:
+
+    POST body -> verify(raw bytes, header) -> read_event
+              -> journal + project + dispatch, one transaction -> fsync -> 200
+
+Configuration, by environment: PERSONA_WEBHOOK_SECRET or PERSONA_WEBHOOK_SECRET_FILE,
+PERSONA_SIGNATURE_TOLERANCE, PERSONA_SIGNATURE_SCHEME, KYC_DATABASE, MAX_BODY_BYTES;
+PORT and WEB_CONCURRENCY belong to gunicorn. README.md explains each.
+"""
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import hmac
+import json
+import logging
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import stat
+import string
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from flask import Blueprint, Flask, Response, current_app, request
+from werkzeug.exceptions import BadRequest, HTTPException
+
+log = logging.getLogger("kyc")
+
+# --------------------------------------------------------------------------------------
+# Configuration
+# --------------------------------------------------------------------------------------
+
+DEVELOPMENT_SECRET = "wbhsec_development_only"
+SCHEMES = ("persona", "split", "body")
+
+
+class ConfigError(ValueError):
+    """A setting makes no sense; the message names the variable."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the environment says, checked once at start."""
+
+    secrets: tuple[bytes, ...]
+    tolerance: int  # seconds; 0 switches the check off
+    scheme: str  # one of SCHEMES
+    database: Path
+    max_body_bytes: int
+
+
+def read_config(environ: Mapping[str, str]) -> Config:
+    """Return the configuration in `environ`; raise ConfigError naming what is wrong.
+
+    An absent secret is left to the caller: the service refuses to start without one,
+    the commands do not need one.
+    """
+    scheme = environ.get("PERSONA_SIGNATURE_SCHEME", "persona")
+    if scheme not in SCHEMES:
+        raise ConfigError(f"PERSONA_SIGNATURE_SCHEME must be one of {', '.join(SCHEMES)}")
+    database = environ.get("KYC_DATABASE", "kyc.db")
+    if not database or database.endswith("/") or database == ":memory:":
+        raise ConfigError("KYC_DATABASE must be the path of a file")
+    return Config(
+        secrets=read_secrets(environ),
+        tolerance=read_number(environ, "PERSONA_SIGNATURE_TOLERANCE", 300, 0, 10**9),
+        scheme=scheme,
+        database=Path(database).absolute(),
+        max_body_bytes=read_number(environ, "MAX_BODY_BYTES", 2 * 1024 * 1024, 1, 500_000_000),
+    )
+
+
+def read_number(environ: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    """Return the whole number in variable `name`, or `default` when it is not set."""
+    value = environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,18}", value) or not low <= int(value) <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}")
+    return int(value)
+
+
+def read_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
+    """Return the webhook secrets, separated by commas or white space; () when not set."""
+    path = environ.get("PERSONA_WEBHOOK_SECRET_FILE")
+    if path is None:
+        text = os.fsencode(environ.get("PERSONA_WEBHOOK_SECRET", ""))
+    elif "PERSONA_WEBHOOK_SECRET" in environ:
+        raise ConfigError("PERSONA_WEBHOOK_SECRET and PERSONA_WEBHOOK_SECRET_FILE are both set")
+    else:
+        try:
+            text = Path(path).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not a path"
+            raise ConfigError(f"PERSONA_WEBHOOK_SECRET_FILE cannot be read: {reason}") from None
+    return tuple(re.split(rb"[,\s]+", text.strip(b", \t\r\n"))) if text.strip(b", \t\r\n") else ()
+
+
+# --------------------------------------------------------------------------------------
+# Database
+# --------------------------------------------------------------------------------------
+
+SCHEMA = Path(__file__).with_name("schema.sql")
+SCHEMA_VERSION = 1
+PROBE = "PRAGMA user_version = 1"  # writes what is there already: a commit that changes nothing
+BUSY_SECONDS = 3.0  # how long SQLite waits for a lock that another process holds
+
+
+class DatabaseError(Exception):
+    """The database cannot be used; the message says why."""
+
+
+def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
+    """Open the existing database at `path`; rows are read by name.
+
+    Raises DatabaseError when there is none, or it is of another kind or version.
+    """
+    try:
+        db = sqlite3.connect(
+            f"{path.as_uri()}?mode={'ro' if readonly else 'rw'}",
+            uri=True,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        db.row_factory = sqlite3.Row
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if not readonly:
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute("PRAGMA secure_delete = ON")
+    except sqlite3.Error as error:
+        raise DatabaseError(str(error) if path.exists() else "there is no such file") from None
+    if version > SCHEMA_VERSION:
+        raise DatabaseError("the file was made by a newer release of this service")
+    return db
+
+
+def prepare_database(path: Path) -> None:
+    """Create the database if there is none, mode 0600, and bring its schema up to date.
+
+    Raises DatabaseError when that cannot be done.
+    """
+    try:
+        for file in (path, lock_path(path)):
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        with write_lock(path), contextlib.closing(connect(path)) as db:
+            if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                raise DatabaseError("its disk does not support WAL")
+            if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+                db.executescript("BEGIN IMMEDIATE;" + SCHEMA.read_text() + "COMMIT;")
+            with transaction(db):
+                db.execute(PROBE)  # fails here, not at the first event, when read-only
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process redacted
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)  # the new files' names must last, too
+        os.close(directory)
+    except OSError as error:
+        raise DatabaseError(error.strerror) from None
+    except sqlite3.Error as error:
+        raise DatabaseError(str(error)) from None
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Run the block as one write transaction: committed and fsynced, or rolled back."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("END")  # not COMMIT: see protect_transaction
+    except BaseException:
+        if db.in_transaction:  # SQLite has rolled back by itself when the disk is full
+            db.execute("ROLLBACK")
+        raise
+
+
+@contextlib.contextmanager
+def savepoint(db: sqlite3.Connection) -> Iterator[None]:
+    """Undo what the block did to the database if it raises."""
+    db.execute("SAVEPOINT handler")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK TO handler")
+        raise
+    finally:
+        db.execute("RELEASE handler")
+
+
+def lock_path(path: Path) -> Path:
+    """Return the file whose lock queues the writers of the database at `path`."""
+    return path.with_name(path.name + ".lock")
+
+
+@contextlib.contextmanager
+def write_lock(path: Path, seconds: int = 10) -> Iterator[None]:
+    """Wait in line with the service's writers, then hold the lock for the block.
+
+    For commands and start-up, in the main thread. Raises DatabaseError after `seconds`.
+    """
+
+    def give_up(*_: object) -> None:
+        raise DatabaseError("another process holds the lock file")
+
+    file = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        signal.alarm(0)
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+        os.close(file)
+
+
+def utc_now() -> str:
+    """Return the time as the tables hold it: UTC, to the millisecond."""
+    return format_time(datetime.now(UTC))
+
+
+def format_time(moment: datetime) -> str:
+    """Return `moment` as YYYY-MM-DDTHH:MM:SS.mmmZ."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+# --------------------------------------------------------------------------------------
+# Signature
+# --------------------------------------------------------------------------------------
+
+MAX_SIGNATURES = 8  # in one header; Persona sends one, two while a secret rotates
+
+
+class SignatureError(Exception):
+    """The request is not authentic; the message says why, without naming any secret."""
+
+    def __init__(self, reason: str, stale: bool = False):
+        super().__init__(reason)
+        self.stale = stale  # the signature is right, but its time is outside the tolerance
+
+
+def verify(body: bytes, headers: Mapping[str, str], config: Config, now: float) -> None:
+    """Raise SignatureError unless `body` was signed with one of the secrets, around `now`.
+
+    `now` is in unix seconds. The scheme is that of Persona's page "Webhooks best
+    practices": HMAC-SHA256 of "<t>.<raw body>"; while a secret rotates the header holds
+    several pairs, each checked against its own t.
+    """
+    ages = []
+    for timestamp, digest in read_signatures(headers, config.scheme):
+        message = body if config.scheme == "body" else timestamp.encode() + b"." + body
+        for secret in config.secrets:
+            if hmac.compare_digest(hmac.digest(secret, message, "sha256"), digest):
+                if config.scheme == "body" or not config.tolerance:
+                    return
+                age = int(now) - int(timestamp)
+                if abs(age) <= config.tolerance:
+                    return
+                ages.append(age)
+    if ages:
+        age = min(ages, key=abs)
+        when = f"{age} seconds old" if age > 0 else f"{-age} seconds in the future"
+        reason = f"timestamp is stale: {when}, the tolerance is {config.tolerance} seconds"
+        raise SignatureError(reason, stale=True)
+    raise SignatureError("no signature matches the body")
+
+
+def read_signatures(headers: Mapping[str, str], scheme: str) -> list[tuple[str, bytes]]:
+    """Return the (timestamp, digest) pairs that the headers claim; raise SignatureError."""
+    name = "X-Persona-Signature" if scheme == "split" else "Persona-Signature"
+    header = headers.get(name, "")
+    if not header.strip():
+        raise SignatureError(f"the {name} header is missing")
+    if scheme == "persona":
+        # A header that was sent twice arrives as one, joined by a comma.
+        fields = [field.partition("=") for field in re.split(r"[ ,]+", header.strip(" ,"))]
+        pairs, timestamp = [], ""
+        for key, _, value in fields:
+            if key == "t":
+                timestamp = value
+            elif key == "v1":
+                pairs.append((timestamp, value))
+    elif scheme == "split":
+        pairs = [(headers.get("X-Persona-Timestamp", "").strip(), header.strip())]
+    else:
+        pairs = [("0", header.strip())]
+    valid = [
+        (timestamp, bytes.fromhex(digest))
+        for timestamp, digest in pairs
+        if re.fullmatch(r"[0-9]{1,12}", timestamp) and re.fullmatch(r"[0-9a-fA-F]{64}", digest)
+    ]
+    if not valid or len(pairs) > MAX_SIGNATURES:
+        raise SignatureError(f"the {name} header is malformed")
+    return valid
+
+
+def sign(body: bytes, secret: bytes, scheme: str, timestamp: int) -> dict[str, str]:
+    """Return the headers that Persona, or a relay, would sign `body` with."""
+    signed = body if scheme == "body" else f"{timestamp}.".encode() + body
+    digest = hmac.new(secret, signed, "sha256").hexdigest()
+    if scheme == "split":
+        return {"X-Persona-Signature": digest, "X-Persona-Timestamp": str(timestamp)}
+    return {"Persona-Signature": digest if scheme == "body" else f"t={timestamp},v1={digest}"}
+
+
+# --------------------------------------------------------------------------------------
+# Events
+# --------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    """One Persona event, as read from a body."""
+
+    event_id: str
+    name: str
+    created_at: str
+    object_type: str | None = None
+    object_id: str | None = None
+    inquiry_id: str | None = None
+    account_id: str | None = None
+    reference_id: str | None = None
+    payload: Any = None  # what Persona says of the object: {"data": {...}, "included": [...]}
+
+
+UNRECOGNIZED = "unrecognized"
+
+
+def read_event(body: bytes, received_at: str) -> Event:
+    """Return the event in `body`, in any of its shapes and key inflections (page "Events").
+
+    An authentic body in which no event is found yields one named "unrecognized", whose ID
+    is the hash of the body: it is kept, and counts once. Never raises.
+    """
+    document = parse_json(body)
+    data = field(document, "data")
+    attributes = field(data, "attributes")
+    if field(data, "type") == "event":
+        event_id, name, payload = field(data, "id"), field(attributes, "name"), None
+    else:  # the older shapes of third-party guides
+        event_id, name, payload = field(document, "id"), field(document, "type"), data
+        if not text(event_id):
+            event_id = field(data, "id")
+    payload = field(attributes, "payload") or payload
+    if not text(event_id) or not text(name):
+        return Event("sha256:" + hashlib.sha256(body).hexdigest(), UNRECOGNIZED, received_at)
+    times = (
+        field(attributes, "created-at"),
+        field(document, "created-at"),
+        field(document, "created"),
+    )
+    created_at = next(filter(None, map(read_time, times)), received_at)
+    inner = field(payload, "data")
+    links = read_object(inner if isinstance(inner, dict) else payload)
+    return Event(event_id, name, created_at, *links, payload)
+
+
+def read_object(thing: Any) -> tuple[str | None, ...]:
+    """Return type, ID, inquiry ID, account ID and reference ID of a payload's object."""
+    object_type, object_id = text(field(thing, "type")), text(field(thing, "id"))
+    inquiry_id, account_id = related(thing, "inquiry"), related(thing, "account")
+    if object_type == "inquiry":
+        inquiry_id = object_id
+    elif object_type == "account":
+        account_id = object_id
+    reference_id = text(field(field(thing, "attributes"), "reference-id"))
+    return object_type, object_id, inquiry_id, account_id, reference_id
+
+
+def related(thing: Any, kind: str) -> str | None:
+    """Return the ID of the inquiry or account an object points at; the first of several."""
+    relationships = field(thing, "relationships")
+    data = field(field(relationships, kind), "data")
+    if data is None:
+        plural = {"inquiry": "inquiries", "account": "accounts"}[kind]
+        data = field(field(relationships, plural), "data")
+    if isinstance(data, list):
+        data = data[0] if data else None
+    return text(field(data, "id"))
+
+
+def field(mapping: Any, key: str) -> Any:
+    """Return `mapping[key]`, whichever way its keys are inflected; None when absent.
+
+    `key` is in kebab-case. See Persona's page "API key inflection".
+    """
+    if not isinstance(mapping, dict):
+        return None
+    value = mapping.get(key)
+    if value is None and "-" in key:
+        value = mapping.get(key.replace("-", "_"))
+        if value is None:
+            value = mapping.get(camel_case(key))
+    return value
+
+
+def camel_case(key: str) -> str:
+    """Return a kebab-case key in camelCase."""
+    first, *rest = key.split("-")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def text(value: Any) -> str | None:
+    """Return `value` if it is text that a table can hold and a key can be, else None."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return None
+    try:
+        value.encode()  # a lone surrogate is legal in JSON, but not in UTF-8
+    except UnicodeEncodeError:
+        return None
+    return value
+
+
+def read_time(value: Any) -> str | None:
+    """Return an ISO 8601 text or unix seconds in the tables' form; None when it is neither."""
+    try:
+        if isinstance(value, str):
+            moment = datetime.fromisoformat(value)
+            return format_time(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return format_time(datetime.fromtimestamp(value, UTC))
+    except (ValueError, OverflowError, OSError):
+        pass
+    return None
+
+
+def parse_integer(digits: str) -> int | float:
+    """Read a JSON integer; one too long for Python becomes infinity."""
+    return int(digits) if len(digits) < 1000 else float(digits)
+
+
+JSON = json.JSONDecoder(parse_int=parse_integer, strict=False)
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the JSON in `body`, in any encoding JSON allows; None when there is none."""
+    try:
+        return JSON.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+    except (ValueError, RecursionError):
+        return None
+
+
+# --------------------------------------------------------------------------------------
+# Journal
+# --------------------------------------------------------------------------------------
+
+STORED, DUPLICATE, FAILED = "stored", "duplicate", "failed"  # and UNRECOGNIZED
+
+ANSWER_SECONDS = 4.0  # Persona waits five
+MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
+CHECKPOINT_PAGES = 8_000  # written by a process between its checkpoints: 32 MB
+WAL_PAGES = 16_000  # beyond it, writers wait a moment for readers so that the WAL can restart
+
+INSERT_EVENT = """
+    INSERT INTO events (event_id, name, created_at, received_at, object_type, object_id,
+        inquiry_id, account_id, reference_id, attempt, body_sha256, state, body)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT DO NOTHING
+"""
+
+
+class JournalError(Exception):
+    """The event could not be stored, or not in time; the message says why."""
+
+
+class Delivery:
+    """A request on its way into the journal: the event, its body, and what became of it."""
+
+    __slots__ = (
+        *("event", "body", "received_at", "attempt", "started"),
+        *("outcome", "error", "done"),
+    )
+
+    def __init__(
+        self,
+        event: Event | None = None,
+        body: bytes = b"",
+        received_at: str = "",
+        attempt: int | None = None,
+    ):
+        self.event = event  # None probes whether the journal can be written
+        self.body = body
+        self.received_at = received_at
+        self.attempt = attempt
+        self.started = time.perf_counter()
+        self.outcome: str | None = None
+        self.error: BaseException | None = None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+    def row(self) -> tuple[Any, ...]:
+        """Return the journal row, in the order of INSERT_EVENT."""
+        digest = hashlib.sha256(self.body).hexdigest()
+        state = UNRECOGNIZED if self.event.name == UNRECOGNIZED else "processed"
+        try:
+            body: str | bytes = self.body.decode()
+        except UnicodeDecodeError:
+            body = self.body
+        event_id, name, created_at, *links, _ = self.event
+        return (
+            *(event_id, name, created_at, self.received_at, *links),
+            *(self.attempt, digest, state, body),
+        )
+
+
+class Journal:
+    """The writer of one process: many requests, one connection, one fsync for all that wait.
+
+    Requests put their delivery in line and sleep; the writer thread takes all that are in
+    line, commits them together and wakes them. What arrives during a commit goes with the
+    next one. Invariants:
+
+    - A delivery has an outcome only after the commit that holds it was fsynced.
+    - Every delivery that was taken is woken, whatever its commit raises; the thread
+      survives, and the next commit starts on a fresh connection.
+    - No request waits longer than ANSWER_SECONDS. A delivery that is given up may still be
+      committed later; its redelivery is then a duplicate.
+    - Between processes the lock file queues the writers in the kernel, in turn, so SQLite's
+      busy handler is met only when a stranger writes. The lock is for fairness and speed;
+      correctness rests on SQLite's own locks.
+    - The connection and the thread belong to the process that first appends: they are made
+      after a fork, never before.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.starting = threading.Lock()
+        self.forget()
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        """Start from nothing, as a process does that has just been forked."""
+        self.line: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+        self.db: sqlite3.Connection | None = None
+        self.file: tuple[int, int] | None = None  # device and inode of the open database
+        self.unchecked = 0  # pages, about, since the last checkpoint
+        self.wal_pages = WAL_PAGES
+        self.scrub = False  # redacted bytes are still in the WAL
+        self.stopping = False
+
+    def append(self, delivery: Delivery) -> str:
+        """Store `delivery` durably; return what became of it.
+
+        STORED: new, its handlers ran. DUPLICATE: already processed. UNRECOGNIZED: kept.
+        FAILED: kept, but a handler raised. Raises JournalError when it is not known
+        to be on disk within ANSWER_SECONDS.
+        """
+        if self.line.qsize() >= MAX_WAITING:
+            raise JournalError("too many deliveries are waiting for the database")
+        self.line.put(delivery)
+        if self.thread is None or not self.thread.is_alive():
+            self.start()
+        if not delivery.done.acquire(timeout=ANSWER_SECONDS):
+            raise JournalError("the database did not answer in time")
+        if delivery.outcome is None:
+            raise JournalError(reason(delivery.error)) from delivery.error
+        return delivery.outcome
+
+    def start(self) -> None:
+        """Start the writer thread, once."""
+        with self.starting:
+            if self.thread is None or not self.thread.is_alive():
+                self.thread = threading.Thread(target=self.write_forever, daemon=True)
+                self.thread.start()
+
+    def stop(self) -> None:
+        """Finish what is in line, end the thread, and close the database."""
+        self.stopping = True
+        if self.thread:
+            self.line.put(Delivery())
+            self.thread.join(ANSWER_SECONDS)
+
+    def write_forever(self) -> None:
+        """Commit what is in line, again and again."""
+        while not self.stopping:
+            batch: list[Delivery] = []
+            with contextlib.suppress(queue.Empty):
+                batch.append(self.line.get(timeout=1.0 if self.scrub else None))
+            with self.turn():
+                with contextlib.suppress(queue.Empty):
+                    while len(batch) < MAX_WAITING:
+                        batch.append(self.line.get_nowait())
+                self.settle(batch)
+                for delivery in batch:
+                    delivery.done.release()
+                self.checkpoint(batch)
+            log_deliveries(batch)
+        self.close()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the lock file for the block; without one, SQLite's locks have to do."""
+        lock = None
+        with contextlib.suppress(OSError):
+            lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def settle(self, batch: list[Delivery]) -> None:
+        """Commit `batch`; if an event is to blame for a failure, each event by itself."""
+        try:
+            self.commit(batch)
+        except BaseException as error:  # the one seam: a batch fails, the writer goes on
+            self.close()
+            for delivery in batch:
+                delivery.outcome, delivery.error = None, error
+            if len(batch) > 1 and not isinstance(error, DATABASE_ERRORS):
+                for delivery in batch:
+                    self.settle([delivery])
+
+    def commit(self, batch: list[Delivery]) -> None:
+        """Store, project and dispatch `batch` in one transaction; set each outcome."""
+        db = self.open()
+        deliveries = [delivery for delivery in batch if delivery.event]
+        with transaction(db):
+            last = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
+            db.executemany(INSERT_EVENT, [delivery.row() for delivery in deliveries])
+            events = read_journal(db, last)
+            project(db, events)
+            new = {event["event_id"] for event in events}
+            for delivery in deliveries:
+                delivery.outcome = dispatch(db, delivery.event, delivery.event.event_id in new)
+                new.discard(delivery.event.event_id)
+            if redact_new(db, events):
+                self.scrub = True
+            if len(deliveries) < len(batch):
+                db.execute(PROBE)
+        for delivery in batch:
+            delivery.error = None
+            delivery.outcome = delivery.outcome or STORED
+
+    def open(self) -> sqlite3.Connection:
+        """Return the connection; open it anew when the file at the path is another one."""
+        status = os.stat(self.path)
+        if self.file != (status.st_dev, status.st_ino):
+            self.close()
+        if self.db is None:
+            self.db = connect(self.path)
+            self.db.execute("PRAGMA wal_autocheckpoint = 0")
+            self.file = (status.st_dev, status.st_ino)
+        return self.db
+
+    def close(self) -> None:
+        """Drop the connection, whatever state it is in."""
+        if self.db:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.close()
+        self.db = None
+
+    def checkpoint(self, batch: list[Delivery]) -> None:
+        """Now and then copy the WAL into the database file, after the answers have left."""
+        self.unchecked += sum(10 + len(delivery.body) // 4096 for delivery in batch)
+        if self.db is None or (self.unchecked < CHECKPOINT_PAGES and not self.scrub):
+            return
+        self.unchecked = 0
+        with contextlib.suppress(sqlite3.Error):
+            self.db.execute("PRAGMA busy_timeout = 0")
+            if self.scrub:
+                self.scrub = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] != 0
+            else:
+                pages = self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
+                if pages > self.wal_pages:
+                    self.restart_wal(pages)
+            self.db.execute("PRAGMA busy_timeout = 3000")
+
+    def restart_wal(self, pages: int) -> None:
+        """Wait a second for readers to let go of the WAL; if they do not, let it double."""
+        self.db.execute("PRAGMA busy_timeout = 1000")
+        busy = self.db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
+        self.wal_pages = 2 * pages if busy else WAL_PAGES
+
+
+DATABASE_ERRORS = (sqlite3.OperationalError, OSError, DatabaseError)  # no event's fault
+
+
+def read_journal(db: sqlite3.Connection, after: int, limit: int = -1) -> list[sqlite3.Row]:
+    """Return the events beyond position `after`, at most `limit`, without their bodies."""
+    query = """
+        SELECT rowid AS position, event_id, name, created_at, object_id,
+            inquiry_id, account_id, reference_id
+        FROM events WHERE rowid > ? ORDER BY rowid LIMIT ?
+    """
+    return db.execute(query, (after, limit)).fetchall()
+
+
+def log_deliveries(batch: list[Delivery]) -> None:
+    """Write a line for each delivery, all at once."""
+    lines = [describe(delivery) for delivery in batch if delivery.event]
+    if lines:
+        log.info("\n".join(lines))
+
+
+def describe(delivery: Delivery) -> str:
+    """Return a delivery's log line: no body, and no reference ID."""
+    milliseconds = (time.perf_counter() - delivery.started) * 1000
+    line = (
+        f"event={quote(delivery.event.event_id)} name={quote(delivery.event.name)}"
+        f" outcome={delivery.outcome or 'unavailable'} attempt={delivery.attempt or 0}"
+        f" ms={milliseconds:.1f}"
+    )
+    return line if delivery.error is None else f"{line} reason={quote(reason(delivery.error))}"
+
+
+def quote(value: str) -> str:
+    """Return `value` as one word of a log line."""
+    return value if re.fullmatch(r"[\w./:+-]{1,128}", value, re.ASCII) else json.dumps(value[:128])
+
+
+def reason(error: BaseException) -> str:
+    """Say what was wrong with the database; of any other error only its kind."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error) if isinstance(error, DATABASE_ERRORS) else type(error).__name__
+
+
+# --------------------------------------------------------------------------------------
+# Projection
+# --------------------------------------------------------------------------------------
+#
+# inquiries and kyc_status are functions of the journal's columns: any order of the same
+# events, and any repetition, gives the same rows, because each rule takes a maximum.
+#
+# 1. The events in STATUSES set an inquiry's status, and no others do. The name decides.
+# 2. In an inquiry, the event with the greatest (created_at, rank, event_id) wins.
+# 3. A person's status is that of their inquiry with the greatest
+#    (class, event_at, rank, event_id); schema.sql defines rank and class.
+# 4. A person is keyed by reference ID; without one by account ID; else by inquiry ID.
+# 5. An inquiry's reference ID and account ID are each taken from the newest event about
+#    the inquiry itself, by (created_at, event_id), that carries one.
+
+STATUSES = {  # event name -> status and its rank; Persona's page "Model lifecycle"
+    "inquiry.expired": ("expired", 0),
+    "inquiry.created": ("created", 1),
+    "inquiry.started": ("pending", 2),
+    "inquiry.failed": ("failed", 3),
+    "inquiry.completed": ("completed", 3),
+    "inquiry.marked-for-review": ("needs_review", 4),
+    "inquiry.declined": ("declined", 5),
+    "inquiry.approved": ("approved", 5),
+}
+
+
+class Inquiry(NamedTuple):
+    """A row of inquiries."""
+
+    inquiry_id: str
+    reference_id: str | None
+    account_id: str | None
+    status: str
+    event_id: str
+    event_name: str
+    event_at: str
+
+    @property
+    def person(self) -> str:
+        """Return the key of the person (rule 4)."""
+        return self.reference_id or self.account_id or self.inquiry_id
+
+    @property
+    def standing(self) -> tuple[str, int, str]:
+        """Return what the event that set the status is compared by (rule 2)."""
+        return self.event_at, STATUSES[self.event_name][1], self.event_id
+
+
+def project(db: sqlite3.Connection, events: Iterable[sqlite3.Row]) -> None:
+    """Fold `events`, which are in the journal, into inquiries and kyc_status."""
+    own = [event for event in events if event["object_id"] and is_own(event)]
+    if not own:
+        return
+    before = read_inquiries(db, {event["inquiry_id"] for event in own})
+    links = read_links(db, {event["inquiry_id"] for event in own if is_first(event, before)})
+    after = dict(before)
+    for event in own:
+        known = after.get(event["inquiry_id"])
+        if event["name"] in STATUSES:
+            known = set_status(known, event, links)
+        if known:
+            after[event["inquiry_id"]] = relink(db, known, event)
+    changed = [row for row in after.values() if row != before.get(row.inquiry_id)]
+    if changed:
+        db.executemany(REPLACE_INQUIRY, changed)
+        left = {before[row.inquiry_id].person for row in changed if row.inquiry_id in before}
+        refresh_people(db, left | {row.person for row in changed})
+
+
+def is_own(event: sqlite3.Row) -> bool:
+    """Tell whether an event is about an inquiry itself, not about something in it."""
+    return event["object_id"] == event["inquiry_id"]
+
+
+def is_first(event: sqlite3.Row, known: Mapping[str, Inquiry]) -> bool:
+    """Tell whether an event gives a first status to an inquiry."""
+    return event["name"] in STATUSES and event["inquiry_id"] not in known
+
+
+def read_inquiries(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, Inquiry]:
+    """Return the rows of these inquiries, as far as there are any."""
+    query = """
+        SELECT inquiry_id, reference_id, account_id, status, event_id, event_name, event_at
+        FROM inquiries WHERE inquiry_id IN (SELECT value FROM json_each(?))
+    """
+    return {row[0]: Inquiry(*row) for row in db.execute(query, (json.dumps(list(ids)),))}
+
+
+def read_links(db: sqlite3.Connection, ids: set[str]) -> dict[str, tuple[Any, Any]]:
+    """Return reference ID and account ID of inquiries, from all of their events (rule 5)."""
+    links: dict[str, tuple[Any, Any]] = {}
+    query = """
+        SELECT inquiry_id, reference_id, account_id FROM events
+        WHERE inquiry_id IN (SELECT value FROM json_each(?)) AND object_id = inquiry_id
+        ORDER BY created_at, event_id
+    """
+    for inquiry, reference, account in db.execute(query, (json.dumps(list(ids)),)) if ids else ():
+        older = links.get(inquiry, (None, None))
+        links[inquiry] = (reference or older[0], account or older[1])
+    return links
+
+
+def set_status(known: Inquiry | None, event: sqlite3.Row, links: Mapping) -> Inquiry:
+    """Return the inquiry with its status set by `event`, if that wins (rules 1 and 2)."""
+    inquiry_id, name = event["inquiry_id"], event["name"]
+    reference, account = known[1:3] if known else links[inquiry_id]
+    status, event_id, created_at = STATUSES[name][0], event["event_id"], event["created_at"]
+    new = Inquiry(inquiry_id, reference, account, status, event_id, name, created_at)
+    return new if known is None or new.standing > known.standing else known
+
+
+def relink(db: sqlite3.Connection, known: Inquiry, event: sqlite3.Row) -> Inquiry:
+    """Return the inquiry with the links `event` carries, if they are the newest (rule 5)."""
+    for column, query in NEWEST_LINK.items():
+        if event[column] not in (None, getattr(known, column)):
+            newest = db.execute(query, (known.inquiry_id,)).fetchone()[0]
+            known = known._replace(**{column: newest})
+    return known
+
+
+NEWEST_LINK = {
+    "reference_id": """
+        SELECT reference_id FROM events
+        WHERE inquiry_id = ? AND object_id = inquiry_id AND reference_id IS NOT NULL
+        ORDER BY created_at DESC, event_id DESC LIMIT 1
+    """,
+    "account_id": """
+        SELECT account_id FROM events
+        WHERE inquiry_id = ? AND object_id = inquiry_id AND account_id IS NOT NULL
+        ORDER BY created_at DESC, event_id DESC LIMIT 1
+    """,
+}
+
+REPLACE_INQUIRY = """
+    INSERT INTO inquiries
+        (inquiry_id, reference_id, account_id, status, event_id, event_name, event_at)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (inquiry_id) DO UPDATE SET
+        reference_id = excluded.reference_id, account_id = excluded.account_id,
+        status = excluded.status, event_id = excluded.event_id,
+        event_name = excluded.event_name, event_at = excluded.event_at
+"""
+
+DROP_LEFT_KEYS = """
+    DELETE FROM kyc_status WHERE reference_id IN (SELECT value FROM json_each(?))
+        AND NOT EXISTS (SELECT 1 FROM inquiries WHERE person = kyc_status.reference_id)
+"""
+
+REFRESH_PEOPLE = """
+    INSERT INTO kyc_status (reference_id, status, inquiry_id, account_id,
+        event_id, event_name, event_at, updated_at)
+    SELECT i.person, i.status, i.inquiry_id, i.account_id,
+        i.event_id, i.event_name, i.event_at, ?
+    FROM json_each(?) AS people JOIN inquiries AS i ON i.inquiry_id = (
+        SELECT inquiry_id FROM inquiries WHERE person = people.value
+        ORDER BY class DESC, event_at DESC, rank DESC, event_id DESC LIMIT 1)
+    WHERE true
+    ON CONFLICT (reference_id) DO UPDATE SET
+        status = excluded.status, inquiry_id = excluded.inquiry_id,
+        account_id = excluded.account_id, event_id = excluded.event_id,
+        event_name = excluded.event_name, event_at = excluded.event_at,
+        updated_at = excluded.updated_at
+    WHERE (kyc_status.inquiry_id, kyc_status.account_id, kyc_status.event_id)
+        IS NOT (excluded.inquiry_id, excluded.account_id, excluded.event_id)
+"""
+
+
+def refresh_people(db: sqlite3.Connection, people: Iterable[str]) -> None:
+    """Set the status of `people` from their inquiries (rule 3); drop keys without any."""
+    keys = json.dumps(list(people))
+    db.execute(DROP_LEFT_KEYS, (keys,))
+    db.execute(REFRESH_PEOPLE, (utc_now(), keys))
+
+
+# --------------------------------------------------------------------------------------
+# Redaction
+# --------------------------------------------------------------------------------------
+
+REDACTING = {"inquiry.redacted": "inquiry_id", "account.redacted": "account_id"}
+
+LATE_EVENTS = """
+    SELECT COALESCE(e.inquiry_id, e.account_id, e.reference_id), max(r.redacted_before)
+    FROM events AS e LEFT JOIN inquiries AS i ON i.inquiry_id = e.inquiry_id
+    JOIN redactions AS r ON r.subject_id IN
+        (e.inquiry_id, e.account_id, e.reference_id, i.account_id, i.reference_id)
+    WHERE e.rowid >= ? GROUP BY e.rowid
+"""
+
+
+def redact_new(db: sqlite3.Connection, events: list[sqlite3.Row]) -> int:
+    """Obey the redactions among new `events`, and older ones that concern these events.
+
+    Return how many bodies were removed. See Persona's page "Model lifecycle".
+    """
+    removed = 0
+    for event in events:
+        if event["name"] in REDACTING:
+            subject = event[REDACTING[event["name"]]]
+            removed += redact(db, subject, event["created_at"]) if subject else 0
+    if events:
+        for subject, before in db.execute(LATE_EVENTS, (events[0]["position"],)).fetchall():
+            removed += redact(db, subject, before)
+    return removed
+
+
+def redact(db: sqlite3.Connection, subject: str, before: str) -> int:
+    """Remove the bodies of a subject's events created until `before`; return how many.
+
+    `subject` is an inquiry, account or reference ID; an account and its reference ID stand
+    for each other, and include their inquiries. What arrives later and is as old loses its
+    body on arrival.
+    """
+    ids = json.dumps(find_subjects(db, subject))
+    db.execute(
+        """
+        INSERT INTO redactions (subject_id, redacted_before)
+        SELECT value, ? FROM json_each(?) WHERE true
+        ON CONFLICT (subject_id) DO UPDATE SET
+            redacted_before = max(redacted_before, excluded.redacted_before)
+        """,
+        (before, ids),
+    )
+    return db.execute(REMOVE_BODIES, {"now": utc_now(), "ids": ids, "before": before}).rowcount
+
+
+def find_subjects(db: sqlite3.Connection, subject: str) -> list[str]:
+    """Return the IDs under which the journal holds a subject: its own and its inquiries'."""
+    query = """
+        WITH subjects (id) AS (
+            SELECT ?1
+            UNION SELECT reference_id FROM events WHERE account_id = ?1
+            UNION SELECT account_id FROM events WHERE reference_id = ?1
+        )
+        SELECT id FROM subjects WHERE id IS NOT NULL
+        UNION SELECT inquiry_id FROM events
+            WHERE account_id IN subjects AND inquiry_id IS NOT NULL
+        UNION SELECT inquiry_id FROM events
+            WHERE reference_id IN subjects AND inquiry_id IS NOT NULL
+    """
+    return [row[0] for row in db.execute(query, (subject,))]
+
+
+REMOVE_BODIES = """
+    UPDATE events SET body = NULL, redacted_at = :now,
+        error = substr(error, 1, instr(error || ':', ':') - 1)  -- the kind, not the message
+    WHERE body IS NOT NULL AND created_at <= :before AND rowid IN (
+        SELECT rowid FROM events WHERE inquiry_id IN (SELECT value FROM json_each(:ids))
+        UNION SELECT rowid FROM events WHERE account_id IN (SELECT value FROM json_each(:ids))
+        UNION SELECT rowid FROM events WHERE reference_id IN (SELECT value FROM json_each(:ids))
+    )
+"""
+
+
+# --------------------------------------------------------------------------------------
+# Handlers
+# --------------------------------------------------------------------------------------
+
+Handler = Callable[[sqlite3.Connection, Event], None]
+HANDLERS: dict[str, list[Handler]] = {}
+
+
+def on(*names: str) -> Callable[[Handler], Handler]:
+    """Register a function for the events with these names: handler(db, event).
+
+    It runs in the transaction that journals the event, after the projection; if it raises,
+    what the event's handlers did is undone, the event is kept as failed, and Persona's
+    redelivery or `flask replay` runs them again. It must be quick and touch only the
+    database, in tables of its own.
+    """
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            HANDLERS.setdefault(name, []).append(handler)
+        return handler
+
+    return register
+
+
+# Put your handlers here. For example, with a table of your own:
+#
+# @on("inquiry.approved")
+# def open_account(db, event):
+#     db.execute("INSERT INTO accounts (reference_id) VALUES (?)", (event.reference_id,))
+
+
+def dispatch(db: sqlite3.Connection, event: Event, new: bool) -> str:
+    """Run the handlers of an event that is in the journal, unless they have; say what became."""
+    state = "processed"
+    if not new:
+        query = "SELECT state FROM events WHERE event_id = ?"
+        state = db.execute(query, (event.event_id,)).fetchone()[0]
+        if state == "processed":
+            return DUPLICATE
+    if event.name == UNRECOGNIZED:
+        return UNRECOGNIZED
+    error = run_handlers(db, event)
+    if error or state == "failed":
+        state = "failed" if error else "processed"
+        update = "UPDATE events SET state = ?, error = ? WHERE event_id = ?"
+        db.execute(update, (state, error, event.event_id))
+    return FAILED if error else STORED
+
+
+def run_handlers(db: sqlite3.Connection, event: Event) -> str | None:
+    """Run an event's handlers, all or nothing; return why one failed, or None."""
+    if event.name not in HANDLERS:
+        return None
+    try:
+        with savepoint(db):
+            db.set_authorizer(protect_transaction)
+            for handler in HANDLERS[event.name]:
+                handler(db, event)
+    except BaseException as error:  # even sys.exit() in a handler fails its event alone
+        return f"{type(error).__name__}: {error}"
+    finally:
+        db.set_authorizer(None)
+    return None
+
+
+def protect_transaction(action: int, *_: object) -> int:
+    """Refuse a handler's COMMIT or ROLLBACK, explicit or not; SQLite asks when it prepares."""
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_TRANSACTION else sqlite3.SQLITE_OK
+
+
+# --------------------------------------------------------------------------------------
+# HTTP
+# --------------------------------------------------------------------------------------
+
+routes = Blueprint("persona", __name__, cli_group=None)
+
+ANSWERS = {
+    STORED: (200, {"received": True}),
+    UNRECOGNIZED: (200, {"received": True}),
+    DUPLICATE: (200, {"received": True, "duplicate": True}),
+    FAILED: (500, {"error": "A handler failed; the event is kept, send it again"}),
+}
+
+
+@routes.post("/webhooks/persona")
+@routes.post("/webhook")
+def receive() -> Response:
+    """Verify, read and store one delivery; answer when it is on disk."""
+    config, journal = current_app.config["KYC"], current_app.extensions["journal"]
+    body = read_body()
+    verify(body, request.headers, config, time.time())
+    received_at = utc_now()
+    event = read_event(body, received_at)
+    outcome = journal.append(Delivery(event, body, received_at, read_attempt()))
+    return answer(*ANSWERS[outcome])
+
+
+def read_body() -> bytes:
+    """Return the raw body; end the request when it is too large or broken off."""
+    try:
+        return request.get_data(cache=False)
+    except HTTPException:
+        raise
+    except Exception:  # what the server raises for a malformed or broken body is its own
+        raise BadRequest("the body could not be read") from None
+
+
+def read_attempt() -> int | None:
+    """Return how often Persona has tried this delivery, if it says so."""
+    value = request.headers.get("Persona-Webhook-Attempts-Made", "")
+    return int(value) if re.fullmatch(r"[0-9]{1,9}", value) else None
+
+
+def answer(status: int, content: dict[str, Any]) -> Response:
+    """Return a JSON response."""
+    return Response(json.dumps(content) + "\n", status, mimetype="application/json")
+
+
+@routes.get("/")
+def index() -> Response:
+    """Say that the server runs, and where to POST."""
+    return Response(
+        "Persona webhook receiver. POST events to /webhooks/persona\n", mimetype="text/plain"
+    )
+
+
+@routes.get("/healthz")
+def healthz() -> Response:
+    """Say whether the database can be opened and written, by writing to it."""
+    try:
+        current_app.extensions["journal"].append(Delivery())
+    except JournalError as error:
+        return answer(503, {"status": "unavailable", "reason": str(error)})
+    return answer(200, {"status": "ok"})
+
+
+@routes.app_errorhandler(SignatureError)
+def refuse(error: SignatureError) -> Response:
+    """Answer a request that is not authentic."""
+    log.warning("outcome=rejected stale=%s reason=%s", str(error.stale).lower(), quote(str(error)))
+    return answer(401, {"error": "Invalid signature", "reason": str(error)})
+
+
+@routes.app_errorhandler(JournalError)
+def postpone(error: JournalError) -> Response:
+    """Answer an event that could not be stored: Persona sends it again."""
+    log.error("outcome=unavailable reason=%s", quote(str(error)))
+    response = answer(503, {"error": "The event could not be stored", "reason": str(error)})
+    response.headers["Retry-After"] = "5"
+    return response
+
+
+@routes.app_errorhandler(HTTPException)
+def explain(error: HTTPException) -> Response:
+    """Answer a wrong path, method or body in JSON."""
+    response = error.get_response()
+    response.data = json.dumps({"error": error.name}) + "\n"
+    response.mimetype = "application/json"
+    return response
+
+
+@routes.app_errorhandler(Exception)
+def confess(error: Exception) -> Response:
+    """Answer a bug with 500, so that the event is sent again; log where, but no values."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+    log.error("outcome=error error=%s place=%s", type(error).__name__, place)
+    return answer(500, {"error": "Internal server error"})
+
+
+def create_app(environ: Mapping[str, str]) -> Flask:
+    """Return the service, configured by `environ`; raise ConfigError or DatabaseError.
+
+    The `flask` command gets it without a secret and without touching the database.
+    """
+    config = read_config(environ)
+    app = Flask(__name__, static_folder=None)
+    app.config["KYC"] = config
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+    app.extensions["journal"] = Journal(config.database)
+    app.register_blueprint(routes)
+    if environ.get("FLASK_RUN_FROM_CLI") != "true":
+        if not config.secrets:
+            raise ConfigError("PERSONA_WEBHOOK_SECRET is not set: nothing could be verified")
+        start_logging()
+        warn(config, environ)
+        prepare_database(config.database)
+        atexit.register(app.extensions["journal"].stop)
+    return app
+
+
+def start_logging() -> None:
+    """Log to stderr, a line at a time; the platform adds the time."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def warn(config: Config, environ: Mapping[str, str]) -> None:
+    """Say loudly what is dangerous about this configuration."""
+    if DEVELOPMENT_SECRET.encode() in config.secrets:
+        log.warning("WARNING: the development secret is accepted: anyone can forge events")
+    if config.tolerance == 0 or config.scheme == "body":
+        log.warning("WARNING: no replay protection: timestamps are not checked")
+    if "DYNO" in environ:
+        log.warning("WARNING: a Heroku dyno's disk does not last: events will be lost at restart")
+
+
+# --------------------------------------------------------------------------------------
+# Commands
+# --------------------------------------------------------------------------------------
+
+
+def operation(*decorators: Callable) -> Callable:
+    """Register a function as a `flask` command; what goes wrong is one line on stderr."""
+
+    def register(function: Callable) -> click.Command:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            path = current_app.config["KYC"].database
+            try:
+                function(*args, **kwargs)
+            except (DatabaseError, sqlite3.Error) as error:
+                raise click.ClickException(f"KYC_DATABASE {path}: {error}") from None
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # the reader of the pipe has seen enough
+                    raise
+                raise click.ClickException(f"{error.filename or path}: {error.strerror}") from None
+
+        for decorator in reversed(decorators):
+            run = decorator(run)
+        return routes.cli.command(function.__name__.removesuffix("_command"))(run)
+
+    return register
+
+
+def open_database(*, readonly: bool = False) -> sqlite3.Connection:
+    """Open the configured database for a command."""
+    db = connect(current_app.config["KYC"].database)
+    if readonly:
+        db.execute("PRAGMA query_only = ON")
+    if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+        raise DatabaseError("the file has no journal yet: start the service once")
+    return db
+
+
+@contextlib.contextmanager
+def writing(db: sqlite3.Connection) -> Iterator[None]:
+    """Run the block as one transaction, in turn with the service's own."""
+    with write_lock(current_app.config["KYC"].database), transaction(db):
+        yield
+
+
+def scrub_wal(db: sqlite3.Connection) -> None:
+    """Empty the WAL, so that removed bodies are gone from the disk's files as bytes."""
+    with write_lock(current_app.config["KYC"].database):
+        busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    if busy:
+        raise DatabaseError(
+            "removed, but a reader still holds the WAL: close it and run this again"
+        )
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask before something that cannot be undone, unless told not to or nobody is there."""
+    if not yes and sys.stdin.isatty():
+        click.confirm(question, abort=True)
+
+
+def print_table(heads: list[str], rows: list[list[Any]]) -> None:
+    """Print rows in aligned columns, heads in bold on a terminal."""
+    cells = [["" if value is None else printable(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    click.secho("  ".join(map(str.ljust, heads, widths)).rstrip(), bold=True)
+    for row in cells:
+        line = "  ".join(map(str.ljust, row, widths)).rstrip()
+        click.secho(line, fg="red" if "failed" in row else None)
+
+
+def printable(value: Any) -> str:
+    """Return `value` as text that cannot move a terminal's cursor."""
+    return "".join(
+        char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value)
+    )
+
+
+class Moment(click.ParamType):
+    """A time, ISO 8601, or an age such as 90d, 12h, 30m; in the tables' form."""
+
+    name = "TIME"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the time meant by `value`."""
+        if age := re.fullmatch(r"([0-9]{1,6})([dhms])", value):
+            unit = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}[age[2]]
+            return format_time(datetime.now(UTC) - timedelta(**{unit: int(age[1])}))
+        return read_time(value) or self.fail(f"{value!r} is neither a time nor an age such as 90d")
+
+
+# flask trigger: an event as realistic as Persona's, for trials and tests
+
+
+def local_url() -> str:
+    """Return the URL of the local server."""
+    return f"http://127.0.0.1:{os.environ.get('PORT', '3000')}/webhooks/persona"
+
+
+@operation(
+    click.argument("name"),
+    click.option("--url", default=local_url, help="Where to POST.  [default: the local server]"),
+    click.option("--reference-id", help="Your ID of the person."),
+    click.option("--inquiry-id", help="The inquiry; a new one when left out."),
+    click.option("--account-id", help="The account; a new one when left out."),
+    click.option("--created-at", type=Moment(), help="When it happened.  [default: now]"),
+    click.option("--event-id", help="The event's ID; with --count, sent as duplicates."),
+    click.option("--scheme", type=click.Choice(SCHEMES), help="[default: as configured]"),
+    click.option("--inflection", type=click.Choice(["kebab", "camel", "snake"]), default="kebab"),
+    click.option("--count", type=click.IntRange(1, 1_000_000), default=1, help="How many to send."),
+    click.option("--print", "show", is_flag=True, help="Print the body instead of sending it."),
+)
+def trigger(
+    name: str,
+    url: str,
+    scheme: str | None,
+    inflection: str,
+    count: int,
+    show: bool,
+    **ids: str | None,
+) -> None:
+    """Build the event NAME, sign it and send it.
+
+    Example: flask trigger inquiry.approved --reference-id user-42
+    """
+    config = current_app.config["KYC"]
+    secret = config.secrets[0] if config.secrets else DEVELOPMENT_SECRET.encode()
+    if not config.secrets and not show:
+        click.echo(
+            "PERSONA_WEBHOOK_SECRET is not set: signing with the development secret", err=True
+        )
+    for _ in range(count):
+        document = inflect(build_event(name, **ids), inflection)
+        if show:
+            click.echo(json.dumps(document, indent=2))
+            continue
+        body = json.dumps(document).encode()
+        status, reply = post(
+            url, body, sign(body, secret, scheme or config.scheme, int(time.time()))
+        )
+        click.echo(f"{name} {document['data']['id']} -> {status} {reply}")
+        if status != 200:
+            raise click.exceptions.Exit(1)
+
+
+def post(url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
+    """POST a delivery as Persona does; return status and body of the answer."""
+    import urllib.error  # here, so that the service need not hold them
+    import urllib.request
+
+    headers |= {
+        "Content-Type": "application/json; charset=utf-8",
+        "Persona-Webhook-Attempts-Made": "1",
+        "Persona-Webhook-Attempts-Left": "7",
+        "Persona-Webhook-First-Attempted-At": str(int(time.time())),
+    }
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(urllib.request.Request(url, body, headers), timeout=10) as response:
+            return response.status, response.read().decode().strip()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace").strip()
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{url}: {getattr(error, 'reason', error)}") from None
+
+
+PREFIXES = {
+    **{"inquiry": "inq", "inquiry-session": "iqse", "account": "act", "case": "case"},
+    **{"verification": "ver", "report": "rep", "document": "doc", "selfie": "self"},
+    **{"transaction": "txn", "transaction-type": "txntp", "workflow-run": "wfr"},
+    **{"graph-query": "grphq", "importer-pipeline-run": "mprtpr"},
+}
+KINDS = {
+    "verification": "government-id",
+    "document": "government-id",
+    "selfie": "profile-and-center",
+}
+PERSON = {
+    **{"name-first": "Jane", "name-middle": None, "name-last": "Doe", "birthdate": "1994-12-30"},
+    **{"address-street-1": "123 Main St", "address-city": "San Francisco"},
+    **{"address-subdivision": "California", "address-postal-code": "94111"},
+    **{"email-address": "jane@example.com", "phone-number": "+14155550123"},
+}
+
+
+def build_event(
+    name: str,
+    event_id: str | None = None,
+    created_at: str | None = None,
+    inquiry_id: str | None = None,
+    account_id: str | None = None,
+    reference_id: str | None = None,
+) -> dict[str, Any]:
+    """Return the document of an event named `name`, shaped like Persona's (page "Events").
+
+    IDs that are left out are new. As with Persona, an inquiry names its account from its
+    completion on, unless `account_id` is given.
+    """
+    kind, _, happening = name.rpartition(".")
+    if not kind or not happening:
+        raise click.BadParameter("an event is named like inquiry.approved", param_hint="NAME")
+    family = kind.split("/")[0]
+    if family == "inquiry" and happening in ("created", "started", "expired"):
+        account = account_id
+    else:
+        account = account_id or new_id("act")
+    created_at = created_at or utc_now()
+    inquiry = inquiry_id or new_id("inq")
+    builder = {"inquiry": build_inquiry, "account": build_account}.get(family, build_part)
+    thing = {
+        "type": f"{kind}/{KINDS[kind]}" if kind in KINDS else kind,
+        "id": {"inquiry": inquiry, "account": account}.get(family)
+        or new_id(PREFIXES.get(family, family[:4])),
+        **builder(happening, created_at, inquiry, account, reference_id),
+    }
+    return {
+        "data": {
+            "type": "event",
+            "id": event_id or new_id("evt"),
+            "attributes": {
+                "name": name,
+                "payload": {"data": thing, "included": []},
+                "created-at": created_at,
+            },
+        }
+    }
+
+
+def new_id(prefix: str) -> str:
+    """Return an ID like Persona's: a prefix and 24 letters and digits."""
+    letters = string.ascii_letters + string.digits
+    return f"{prefix}_{''.join(random.SystemRandom().choices(letters, k=24))}"
+
+
+def identify(kind: str) -> dict[str, str]:
+    """Return the identifier of a new object."""
+    return {"type": kind, "id": new_id(PREFIXES[kind.split("/")[0]])}
+
+
+def point(kind: str, target: str | None) -> dict[str, Any]:
+    """Return a relationship to one object, or to none."""
+    return {"data": {"type": kind, "id": target} if target else None}
+
+
+def build_inquiry(
+    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+) -> dict[str, Any]:
+    """Return attributes and relationships of an inquiry."""
+    status = STATUSES.get(f"inquiry.{happening}", ("completed", 0))[0]
+    done = status not in ("created", "pending", "expired")
+    person = dict.fromkeys(PERSON) if happening == "redacted" else PERSON
+    times = (
+        "started",
+        "completed",
+        "failed",
+        "marked-for-review",
+        "decisioned",
+        "expired",
+        "redacted",
+    )
+    decided = {"approved": "decisioned", "declined": "decisioned"}.get(happening, happening)
+    return {
+        "attributes": {
+            "status": status,
+            "reference-id": reference,
+            "note": None,
+            "behaviors": {
+                "behavior-threat-level": "low",
+                "completion-time": 40.172463903 if done else None,
+                "distraction-events": 2,
+                "hesitation-percentage": 36.2934,
+                "request-spoof-attempts": 0,
+                "user-agent-spoof-attempts": 0,
+            },
+            "tags": [],
+            "creator": "API",
+            "reviewer-comment": None,
+            "created-at": created_at,
+            "updated-at": created_at,
+            **{f"{time}-at": created_at if time == decided else None for time in times},
+            "redacted-at": created_at if happening == "redacted" else None,
+            "previous-step-name": "verification_selfie" if done else None,
+            "next-step-name": "success" if done else "start",
+            "fields": {key: {"type": "string", "value": value} for key, value in person.items()},
+            **person,
+        },
+        "relationships": {
+            "account": point("account", account),
+            "template": point("template", None),
+            "inquiry-template": point("inquiry-template", new_id("itmpl")),
+            "inquiry-template-version": point("inquiry-template-version", new_id("itmplv")),
+            "transaction": point("transaction", None),
+            "reviewer": point("user", None),
+            "reports": {"data": []},
+            "verifications": {
+                "data": [{"type": "verification/government-id", "id": new_id("ver")}]
+                if done
+                else []
+            },
+            "sessions": {
+                "data": [{"type": "inquiry-session", "id": new_id("iqse")}] if done else []
+            },
+            "documents": {"data": []},
+            "selfies": {"data": []},
+        },
+    }
+
+
+def build_account(
+    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+) -> dict[str, Any]:
+    """Return attributes of an account."""
+    person = dict.fromkeys(PERSON) if happening == "redacted" else PERSON
+    return {
+        "attributes": {
+            "reference-id": reference,
+            "account-type-name": "User",
+            "account-status": "Default",
+            "created-at": created_at,
+            "updated-at": created_at,
+            "redacted-at": created_at if happening == "redacted" else None,
+            "fields": {
+                key.replace("-", "_"): {"type": "string", "value": value}
+                for key, value in person.items()
+            },
+            "tags": [],
+            **person,
+        }
+    }
+
+
+def build_part(
+    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+) -> dict[str, Any]:
+    """Return attributes and relationships of a verification, a report, or anything else."""
+    checks = ("id_barcode_detection", "id_expired_detection", "id_selfie_comparison")
+    return {
+        "attributes": {
+            "status": happening,
+            "created-at": created_at,
+            "created-at-ts": int(datetime.fromisoformat(created_at).timestamp()),
+            "completed-at": created_at,
+            "redacted-at": created_at if happening == "redacted" else None,
+            "country-code": "US",
+            "tags": [],
+            "checks": [
+                {"name": check, "status": "passed", "reasons": [], "requirement": "required"}
+                for check in checks
+            ],
+            **({"reference-id": reference} if reference else {}),
+            **PERSON,
+        },
+        "relationships": {
+            "inquiry": point("inquiry", inquiry),
+            "account": point("account", account),
+            "transaction": point("transaction", None),
+        },
+    }
+
+
+def inflect(value: Any, inflection: str) -> Any:
+    """Return `value` with its kebab-case keys inflected as a webhook's setting would."""
+    if isinstance(value, list):
+        return [inflect(item, inflection) for item in value]
+    if not isinstance(value, dict):
+        return value
+    change = {"kebab": str, "camel": camel_case, "snake": lambda key: key.replace("-", "_")}
+    return {change[inflection](key): inflect(item, inflection) for key, item in value.items()}
+
+
+# flask status, flask events: read
+
+
+PEOPLE = """
+    SELECT reference_id FROM kyc_status WHERE reference_id = ?1
+    UNION SELECT person FROM inquiries WHERE inquiry_id = ?1
+    UNION SELECT i.person FROM events AS e JOIN inquiries AS i USING (inquiry_id)
+        WHERE e.account_id = ?1
+    UNION SELECT reference_id FROM kyc_timeline WHERE reference_id = ?1
+"""
+
+
+@operation(
+    click.argument("reference_id"),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object per person."),
+)
+def status(reference_id: str, as_json: bool) -> None:
+    """Show the status and the timeline of one person.
+
+    REFERENCE_ID may also be an inquiry or account ID. Example: flask status user-42
+    """
+    with contextlib.closing(open_database(readonly=True)) as db:
+        people = [row[0] for row in db.execute(PEOPLE, (reference_id,))]
+        if not people:
+            raise click.ClickException(f"{reference_id}: no event names this ID")
+        for person in people:
+            query = "SELECT * FROM kyc_status WHERE reference_id = ?"
+            row = db.execute(query, (person,)).fetchone()
+            standing = dict(row) if row else {"reference_id": person, "status": None}
+            timeline = db.execute("SELECT * FROM kyc_timeline WHERE reference_id = ?", (person,))
+            show_person(standing, [dict(event) for event in timeline], as_json)
+
+
+def show_person(standing: dict[str, Any], timeline: list[dict[str, Any]], as_json: bool) -> None:
+    """Print where a person stands, and what happened."""
+    if as_json:
+        click.echo(json.dumps({**standing, "timeline": timeline}))
+        return
+    label = standing["status"] or "no status yet"
+    click.secho(f"{printable(standing['reference_id'])}: {label}", bold=True)
+    for key in ("inquiry_id", "account_id", "event_name", "event_at", "updated_at"):
+        if standing.get(key):
+            click.echo(f"  {key.replace('_', ' '):<12}{printable(standing[key])}")
+    click.echo()
+    columns = ["event_at", "event_name", "state", "event_id", "inquiry_id"]
+    heads = [column.upper().replace("_", " ") for column in columns]
+    print_table(heads, [[event[column] for column in columns] for event in timeline])
+
+
+LIST_EVENTS = """
+    SELECT rowid AS position, received_at, created_at, name, state, event_id, object_type,
+        object_id, inquiry_id, account_id, reference_id, attempt, error, body_sha256, redacted_at
+    FROM events
+    WHERE rowid > :after AND (:name IS NULL OR name GLOB :name)
+        AND (:state IS NULL OR state = :state) AND (:since IS NULL OR received_at >= :since)
+    ORDER BY rowid * :direction LIMIT :limit
+"""
+
+
+@operation(
+    click.option("--name", help="Only events with this name; a glob such as 'inquiry.*'."),
+    click.option("--state", type=click.Choice(["processed", "failed", "unrecognized"])),
+    click.option("--since", type=Moment(), help="Received since; a time or an age."),
+    click.option(
+        "--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object a line."),
+    click.option("--follow", is_flag=True, help="Go on printing what arrives, like tail -f."),
+    click.option("--after", type=click.IntRange(0), help="Begin after this position."),
+)
+def events(
+    limit: int, as_json: bool, follow: bool, after: int | None, **filters: str | None
+) -> None:
+    """List the newest of the journal, or the oldest --after a position, in order of arrival.
+
+    Example: flask events --name 'inquiry.*' --since 1h --json --follow
+    """
+    query = {
+        **filters,
+        "after": after or 0,
+        "limit": limit,
+        "direction": 1 if after is not None else -1,
+    }
+    rows = list_events(query)
+    if query["direction"] == -1:
+        rows.reverse()
+    show_events(rows, as_json, first=True)
+    query |= {"direction": 1, "limit": 1000}
+    query["after"] = rows[-1]["position"] if rows else query["after"]
+    while follow:
+        try:
+            rows = list_events(query)
+        except (DatabaseError, sqlite3.Error):
+            rows = []  # the file is being replaced, or the disk is busy: look again
+        show_events(rows, as_json, first=False)
+        if rows:
+            query["after"] = rows[-1]["position"]
+        else:
+            time.sleep(0.2)
+
+
+def list_events(query: dict[str, Any]) -> list[sqlite3.Row]:
+    """Return journal rows; every call sees the file anew."""
+    with contextlib.closing(open_database(readonly=True)) as db:
+        return db.execute(LIST_EVENTS, query).fetchall()
+
+
+def show_events(rows: list[sqlite3.Row], as_json: bool, first: bool) -> None:
+    """Print journal rows, and let a pipe have them at once."""
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(dict(row)))
+    elif first:
+        heads = ["POSITION", "RECEIVED AT", "CREATED AT", "NAME", "STATE", "EVENT ID"]
+        print_table(heads, [list(row)[:6] for row in rows])
+    else:
+        for row in rows:
+            click.echo("  ".join(printable(value) for value in row[:6]))
+    sys.stdout.flush()
+
+
+# flask replay, rebuild: mend
+
+
+@operation(click.argument("event_id", nargs=-1))
+def replay(event_id: tuple[str, ...]) -> None:
+    """Run the handlers of failed events again; of all of them when no EVENT_ID is given.
+
+    Example: flask replay evt_2aBcDeFgHiJkLmNoPqRsTuVw
+    """
+    with contextlib.closing(open_database()) as db:
+        failed = {row[0] for row in db.execute("SELECT event_id FROM failed_events")}
+        if unknown := [printable(name) for name in event_id if name not in failed]:
+            raise click.ClickException(f"{', '.join(unknown)}: not a failed event")
+        outcomes = [replay_event(db, name) for name in event_id or sorted(failed)]
+    click.echo(
+        f"{outcomes.count(STORED)} processed, {len(outcomes) - outcomes.count(STORED)} failed"
+    )
+    if set(outcomes) - {STORED}:
+        raise click.exceptions.Exit(1)
+
+
+def replay_event(db: sqlite3.Connection, event_id: str) -> str:
+    """Dispatch one failed event in a transaction of its own; say what became of it."""
+    with writing(db):
+        query = "SELECT body, received_at FROM events WHERE event_id = ?"
+        body, received_at = db.execute(query, (event_id,)).fetchone()
+        if body is None:
+            outcome = "redacted: its body is gone, and with it what the handler needs"
+        else:
+            body = body.encode() if isinstance(body, str) else body
+            outcome = dispatch(db, read_event(body, received_at), new=False)
+    click.echo(f"{printable(event_id)} {outcome}")
+    return outcome
+
+
+CHUNK = 1000  # events or rows that a command takes at a time
+
+
+@operation()
+def rebuild() -> None:
+    """Compute inquiries and kyc_status again from the journal, and mend what differs.
+
+    The service keeps serving: the journal is folded into tables beside the real ones, and
+    only what differs is written. Example: flask rebuild
+    """
+    with contextlib.closing(open_database()) as db, contextlib.closing(open_shadow()) as shadow:
+        total = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
+        last = 0
+        with click.progressbar(length=total, label="Reading the journal", file=sys.stderr) as bar:
+            while rows := read_journal(shadow, last, CHUNK):
+                with transaction(shadow):
+                    project(shadow, rows)
+                last = rows[-1]["position"]
+                bar.update(len(rows))
+        differences = find_differences(shadow, last)
+        with click.progressbar(differences, label="Mending", file=sys.stderr) as bar:
+            for first in range(0, len(differences), CHUNK):
+                mend(db, differences[first : first + CHUNK])
+                bar.update(CHUNK)
+    people = [row for row in differences if row["person"]]
+    for row in people[:20]:
+        click.echo(f"{printable(row['person'])}: {row['before']} -> {row['after']}")
+    if len(people) > 20:
+        click.echo(f"... and {len(people) - 20} more")
+    click.echo(
+        f"{last} events read; {len(differences)} rows differed, {len(people)} of them people"
+    )
+
+
+def open_shadow() -> sqlite3.Connection:
+    """Return empty projection tables in a temporary file, beside the real journal.
+
+    Its `inquiries` and `kyc_status` hide the real ones; its `events` are the real journal.
+    """
+    shadow = sqlite3.connect("", isolation_level=None, timeout=BUSY_SECONDS)
+    shadow.row_factory = sqlite3.Row
+    shadow.executescript(SCHEMA.read_text())
+    shadow.execute("DROP TABLE events")
+    shadow.execute("ATTACH ? AS journal", (str(current_app.config["KYC"].database),))
+    return shadow
+
+
+DIFFERENCES = """
+    SELECT inquiry_id, NULL AS person, NULL AS before, NULL AS after FROM inquiries AS a
+        LEFT JOIN journal.inquiries AS b USING (inquiry_id)
+        WHERE (a.reference_id, a.account_id, a.status, a.event_id, a.event_name, a.event_at)
+        IS NOT (b.reference_id, b.account_id, b.status, b.event_id, b.event_name, b.event_at)
+    UNION ALL SELECT inquiry_id, NULL, NULL, NULL FROM journal.inquiries AS b
+        WHERE NOT EXISTS (SELECT 1 FROM inquiries AS a WHERE a.inquiry_id = b.inquiry_id)
+    UNION ALL SELECT NULL, reference_id, b.status, a.status FROM kyc_status AS a
+        LEFT JOIN journal.kyc_status AS b USING (reference_id)
+        WHERE (a.status, a.inquiry_id, a.account_id, a.event_id, a.event_name, a.event_at)
+        IS NOT (b.status, b.inquiry_id, b.account_id, b.event_id, b.event_name, b.event_at)
+    UNION ALL SELECT NULL, reference_id, b.status, NULL FROM journal.kyc_status AS b
+        WHERE NOT EXISTS (SELECT 1 FROM kyc_status AS a WHERE a.reference_id = b.reference_id)
+"""
+
+
+def find_differences(shadow: sqlite3.Connection, last: int) -> list[sqlite3.Row]:
+    """Return the inquiries and people whose rows differ, both sides seen at one moment."""
+    shadow.execute("BEGIN")
+    try:
+        project(shadow, read_journal(shadow, last))
+        return shadow.execute(DIFFERENCES).fetchall()
+    finally:
+        shadow.execute("END")
+
+
+def mend(db: sqlite3.Connection, differences: list[sqlite3.Row]) -> None:
+    """Project the inquiries and people in `differences` anew, in one transaction."""
+    inquiries = json.dumps([row["inquiry_id"] for row in differences if row["inquiry_id"]])
+    people = {row["person"] for row in differences if row["person"]}
+    own = """
+        SELECT event_id, name, created_at, object_id, inquiry_id, account_id, reference_id
+        FROM events WHERE inquiry_id IN (SELECT value FROM json_each(?))
+            AND object_id = inquiry_id ORDER BY rowid
+    """
+    with writing(db):
+        people |= {row.person for row in read_inquiries(db, json.loads(inquiries)).values()}
+        db.execute(DROP_INQUIRIES, (inquiries,))
+        project(db, db.execute(own, (inquiries,)).fetchall())
+        refresh_people(db, people)
+
+
+DROP_INQUIRIES = "DELETE FROM inquiries WHERE inquiry_id IN (SELECT value FROM json_each(?))"
+
+
+# flask redact, prune: remove bodies
+
+
+@operation(
+    click.argument("subject", metavar="ID"),
+    click.option("--yes", is_flag=True, help="Do not ask."),
+)
+def redact_command(subject: str, yes: bool) -> None:
+    """Remove the bodies of an inquiry, account or reference ID.
+
+    Status, metadata and hash stay. Events of ID that arrive later but were created before
+    now are stored without a body. Example: flask redact user-42
+    """
+    query = """
+        SELECT count(*), count(body) FROM events
+        WHERE inquiry_id IN (SELECT value FROM json_each(:ids))
+            OR account_id IN (SELECT value FROM json_each(:ids))
+            OR reference_id IN (SELECT value FROM json_each(:ids))
+    """
+    with contextlib.closing(open_database()) as db:
+        ids = json.dumps(find_subjects(db, subject))
+        found, bodies = db.execute(query, {"ids": ids}).fetchone()
+        if not found:
+            raise click.ClickException(f"{subject}: no event names this ID")
+        confirm(f"Remove the bodies of {bodies} of {found} events of {subject}?", yes)
+        with writing(db):
+            removed = redact(db, subject, LATEST)
+            db.execute(REDACTED_UNTIL, (utc_now(), ids, LATEST))
+        scrub_wal(db)
+    click.echo(f"{removed} bodies removed")
+
+
+LATEST = "9999-12-31T23:59:59.999Z"  # after any event
+REDACTED_UNTIL = """
+    UPDATE redactions SET redacted_before = ?
+    WHERE subject_id IN (SELECT value FROM json_each(?)) AND redacted_before = ?
+"""
+
+PRUNE = """
+    UPDATE events SET body = NULL, redacted_at = ?,
+        error = substr(error, 1, instr(error || ':', ':') - 1)
+    WHERE rowid > ? AND rowid <= ? AND body IS NOT NULL AND created_at < ?
+"""
+
+
+@operation(
+    click.option("--older-than", "before", type=Moment(), required=True, help="Such as 90d."),
+    click.option("--yes", is_flag=True, help="Do not ask."),
+)
+def prune(before: str, yes: bool) -> None:
+    """Remove all bodies of events that were created before a time.
+
+    Status, metadata and hash stay. Example: flask prune --older-than 90d
+    """
+    query = """
+        SELECT count(*), COALESCE(sum(state = 'failed'), 0), COALESCE(max(rowid), 0)
+        FROM events WHERE body IS NOT NULL AND created_at < ?
+    """
+    with contextlib.closing(open_database()) as db:
+        bodies, failed, last = db.execute(query, (before,)).fetchone()
+        note = f" {failed} of them failed and can no longer be replayed." if failed else ""
+        confirm(f"Remove {bodies} bodies created before {before}?{note}", yes)
+        removed = 0
+        with click.progressbar(range(0, last, CHUNK), label="Removing", file=sys.stderr) as bar:
+            for first in bar:
+                with writing(db):
+                    chunk = (utc_now(), first, first + CHUNK, before)
+                    removed += db.execute(PRUNE, chunk).rowcount
+        scrub_wal(db)
+    click.echo(f"{removed} bodies removed")
+
+
+# flask backup, check: keep
+
+
+@operation(click.argument("path", type=click.Path(path_type=Path)))
+def backup(path: Path) -> None:
+    """Copy the database to PATH while the service runs, and check the copy.
+
+    Example: flask backup /var/backups/kyc-monday.db
+    """
+    if path.exists():
+        raise click.ClickException(f"{path}: exists already; a backup never overwrites")
+    part = path.with_name(path.name + ".part")
+    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        with contextlib.closing(open_database(readonly=True)) as db:
+            copy_database(db, part)
+        os.link(part, path)  # fails when the name was taken meanwhile
+    finally:
+        part.unlink()
+    click.echo(f"{path}: {path.stat().st_size} bytes, checked")
+
+
+def copy_database(db: sqlite3.Connection, path: Path) -> None:
+    """Write a consistent copy to the empty file at `path`, check and sync it."""
+    db.execute("BEGIN")  # one view of the database for all steps, however much is written
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
+        with click.progressbar(length=100, label="Copying", file=sys.stderr) as bar:
+
+            def show(_: int, remaining: int, total: int) -> None:
+                bar.update(100 - 100 * remaining // max(total, 1) - bar.pos)
+
+            db.backup(copy, pages=5000, progress=show, sleep=0)
+        copy.execute("PRAGMA journal_mode = DELETE")  # one file, until the service opens it
+        verdict = copy.execute("PRAGMA integrity_check").fetchone()[0]
+        if verdict != "ok":
+            raise DatabaseError(f"the copy is damaged: {verdict}")
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
+
+@operation()
+def check() -> None:
+    """Look at configuration, file, disk and journal; say what is wrong and what to do.
+
+    Example: flask check
+    """
+    findings = [*check_configuration(), *check_files()]
+    try:
+        with contextlib.closing(open_database(readonly=True)) as db:
+            findings += check_database(db)
+    except (DatabaseError, sqlite3.Error) as error:
+        findings.append((False, "database", f"{error}; start the service, or restore a backup"))
+    for good, subject, finding in findings:
+        click.secho("ok    " if good else "WRONG ", fg="green" if good else "red", nl=False)
+        click.echo(f"{subject:<14}{finding}")
+    if not all(good for good, _, _ in findings):
+        raise click.exceptions.Exit(1)
+
+
+Finding = tuple[bool, str, str]  # whether it is good, what was looked at, what was found
+
+
+def check_configuration() -> Iterator[Finding]:
+    """Look at the secrets and how they are used."""
+    config = current_app.config["KYC"]
+    count = len(config.secrets)
+    if not count:
+        yield False, "secret", "PERSONA_WEBHOOK_SECRET is not set; copy it from Persona's dashboard"
+    elif DEVELOPMENT_SECRET.encode() in config.secrets:
+        yield False, "secret", "the development secret is accepted; set the webhook's own"
+    else:
+        yield True, "secret", f"{count} configured"
+    protected = bool(config.tolerance) and config.scheme != "body"
+    advice = "" if protected else "; old deliveries can be replayed: set a tolerance and a scheme"
+    scheme = f"scheme {config.scheme}, tolerance {config.tolerance} s{advice}"
+    yield protected, "signature", scheme
+
+
+def check_files() -> Iterator[Finding]:
+    """Look at permissions and free space."""
+    path = current_app.config["KYC"].database
+    for file in (path, path.with_name(path.name + "-wal"), lock_path(path)):
+        if file.exists():
+            mode = stat.S_IMODE(file.stat().st_mode)
+            good = not mode & 0o077 and os.access(file, os.R_OK | os.W_OK)
+            advice = "" if good else "; chmod 600, owned by the service's user"
+            yield good, "permissions", f"{file.name} has mode {mode:04o}{advice}"
+    if path.parent.is_dir():
+        free = shutil.disk_usage(path.parent).free
+        advice = "" if free > 1 << 30 else "; make room, or flask prune --older-than 90d"
+        yield not advice, "disk", f"{free / (1 << 30):.1f} GiB free{advice}"
+
+
+def check_database(db: sqlite3.Connection) -> Iterator[Finding]:
+    """Look at schema, integrity and failed events."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    yield True, "schema", f"version {version}"
+    verdict = db.execute("PRAGMA integrity_check").fetchone()[0]
+    advice = "" if verdict == "ok" else "; restore a backup"
+    yield not advice, "integrity", f"{printable(verdict)}{advice}"
+    total, odd, failed = db.execute(
+        """
+        SELECT count(*), COALESCE(sum(state = 'unrecognized'), 0),
+            (SELECT count(*) FROM failed_events) FROM events
+        """
+    ).fetchone()
+    yield True, "events", f"{total} in the journal, {odd} unrecognized"
+    advice = "; see the view failed_events, mend the handler, then flask replay" if failed else ""
+    yield not failed, "handlers", f"{failed} failed events{advice}"
+
+
+# --------------------------------------------------------------------------------------
+# Start
+# --------------------------------------------------------------------------------------
+
+
+def start() -> Flask:
+    """Return the service; on a wrong setting say so in one line, and end."""
+    try:
+        return create_app(os.environ)
+    except ConfigError as error:
+        message = str(error)
+    except DatabaseError as error:
+        message = f"KYC_DATABASE {os.environ.get('KYC_DATABASE', 'kyc.db')}: {error}"
+    print(f"app.py: {message}", file=sys.stderr)
+    sys.exit(4)  # gunicorn takes 4 for an app that does not load, and stops
+
+
+def serve_locally() -> None:
+    """Become gunicorn on 127.0.0.1, with the development secret when none is set."""
+    try:
+        port = read_number(os.environ, "PORT", 3000, 1, 65535)
+        workers = read_number(os.environ, "WEB_CONCURRENCY", 1, 1, 1000)
+    except ConfigError as error:
+        sys.exit(f"app.py: {error}")
+    if not {"PERSONA_WEBHOOK_SECRET", "PERSONA_WEBHOOK_SECRET_FILE"} & os.environ.keys():
+        os.environ["PERSONA_WEBHOOK_SECRET"] = DEVELOPMENT_SECRET
+    gunicorn = [sys.executable, "-m", "gunicorn", "app:app", "--worker-class", "gthread"]
+    options = ["--threads", "32", "--workers", str(workers), "--bind", f"127.0.0.1:{port}"]
+    os.execv(sys.executable, [*gunicorn, *options, "--pythonpath", str(Path(__file__).parent)])
+
+
+if __name__ == "__main__":
+    serve_locally()
+else:
+    app = start()
