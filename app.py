@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import click
 from flask import Blueprint, Flask, Response, current_app, request
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 log = logging.getLogger("kyc")
 
@@ -1089,11 +1089,14 @@ def receive() -> Response:
 def read_body() -> bytes:
     """Return the raw body; end the request when it is too large or broken off."""
     try:
-        return request.get_data(cache=False)
+        body = request.get_data(cache=False)
     except HTTPException:
         raise
     except Exception:  # what the server raises for a malformed or broken body is its own
         raise BadRequest("the body could not be read") from None
+    if len(body) > current_app.config["KYC"].max_body_bytes:
+        raise RequestEntityTooLarge
+    return body
 
 
 def read_attempt() -> int | None:
@@ -1167,7 +1170,8 @@ def create_app(environ: Mapping[str, str]) -> Flask:
     config = read_config(environ)
     app = Flask(__name__, static_folder=None)
     app.config["KYC"] = config
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+    # One byte more, because werkzeug cuts a chunked body off at its limit without a word.
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes + 1
     app.extensions["journal"] = Journal(config.database)
     app.register_blueprint(routes)
     if environ.get("FLASK_RUN_FROM_CLI") != "true":
