@@ -686,9 +686,13 @@ class Journal:
 
     def restart_wal(self, pages: int) -> None:
         """Wait a second for readers to let go of the WAL; if they do not, let it double."""
-        self.db.execute("PRAGMA busy_timeout = 1000")
-        busy = self.db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
-        self.wal_pages = 2 * pages if busy else WAL_PAGES
+        deadline = time.monotonic() + 1.0
+        while self.db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
+            if time.monotonic() > deadline:
+                self.wal_pages = 2 * pages
+                return
+            time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
+        self.wal_pages = WAL_PAGES
 
 
 DATABASE_ERRORS = (sqlite3.OperationalError, OSError, DatabaseError)  # no event's fault
