@@ -225,6 +225,7 @@ def write_lock(path: Path, seconds: int = 10) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         signal.alarm(0)
         yield
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing would not, if the process has forked
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
@@ -463,10 +464,14 @@ def parse_json(body: bytes) -> Any:
 STORED, DUPLICATE, FAILED = "stored", "duplicate", "failed"  # and UNRECOGNIZED
 
 ANSWER_SECONDS = 4.0  # Persona waits five
+LAST = 2**63 - 1  # no position is greater
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 CHECKPOINT_PAGES = 8_000  # written by a process between its checkpoints: 32 MB
 WAL_PAGES = 16_000  # beyond it, writers wait a moment for readers so that the WAL can restart
 
+JOURNAL_STATE = """
+    SELECT (SELECT COALESCE(max(rowid), 0) FROM events), EXISTS (SELECT 1 FROM redactions)
+"""
 INSERT_EVENT = """
     INSERT INTO events (event_id, name, created_at, received_at, object_type, object_id,
         inquiry_id, account_id, reference_id, attempt, body_sha256, state, body)
@@ -548,6 +553,7 @@ class Journal:
         """Start from nothing, as a process does that has just been forked."""
         self.line: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
+        self.lock: int | None = None
         self.db: sqlite3.Connection | None = None
         self.file: tuple[int, int] | None = None  # device and inode of the open database
         self.unchecked = 0  # pages, about, since the last checkpoint
@@ -607,15 +613,15 @@ class Journal:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the lock file for the block; without one, SQLite's locks have to do."""
-        lock = None
         with contextlib.suppress(OSError):
-            lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.lock is None:
+                self.lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            if lock is not None:
-                os.close(lock)
+            if self.lock is not None:
+                fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     def settle(self, batch: list[Delivery]) -> None:
         """Commit `batch`; if an event is to blame for a failure, each event by itself."""
@@ -634,15 +640,18 @@ class Journal:
         db = self.open()
         deliveries = [delivery for delivery in batch if delivery.event]
         with transaction(db):
-            last = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
-            db.executemany(INSERT_EVENT, [delivery.row() for delivery in deliveries])
-            events = read_journal(db, last)
+            last, redactions = db.execute(JOURNAL_STATE).fetchone()
+            rows = [delivery.row() for delivery in deliveries]
+            if db.executemany(INSERT_EVENT, rows).rowcount == len(rows):
+                events = [delivery.event for delivery in deliveries]
+            else:
+                events = read_journal(db, last)  # the others were there already
             project(db, events)
-            new = {event["event_id"] for event in events}
+            new = {event.event_id for event in events}
             for delivery in deliveries:
                 delivery.outcome = dispatch(db, delivery.event, delivery.event.event_id in new)
                 new.discard(delivery.event.event_id)
-            if redact_new(db, events):
+            if redact_new(db, events, last, bool(redactions)):
                 self.scrub = True
             if len(deliveries) < len(batch):
                 db.execute(PROBE)
@@ -698,14 +707,14 @@ class Journal:
 DATABASE_ERRORS = (sqlite3.OperationalError, OSError, DatabaseError)  # no event's fault
 
 
-def read_journal(db: sqlite3.Connection, after: int, limit: int = -1) -> list[sqlite3.Row]:
-    """Return the events beyond position `after`, at most `limit`, without their bodies."""
+def read_journal(db: sqlite3.Connection, after: int, until: int = LAST) -> list[Event]:
+    """Return the events beyond position `after`, up to `until`, without their payloads."""
     query = """
-        SELECT rowid AS position, event_id, name, created_at, object_id,
+        SELECT event_id, name, created_at, object_type, object_id,
             inquiry_id, account_id, reference_id
-        FROM events WHERE rowid > ? ORDER BY rowid LIMIT ?
+        FROM events WHERE rowid > ? AND rowid <= ? ORDER BY rowid
     """
-    return db.execute(query, (after, limit)).fetchall()
+    return [Event(*row) for row in db.execute(query, (after, until))]
 
 
 def log_deliveries(batch: list[Delivery]) -> None:
@@ -787,35 +796,27 @@ class Inquiry(NamedTuple):
         return self.event_at, STATUSES[self.event_name][1], self.event_id
 
 
-def project(db: sqlite3.Connection, events: Iterable[sqlite3.Row]) -> None:
+def project(db: sqlite3.Connection, events: Iterable[Event]) -> None:
     """Fold `events`, which are in the journal, into inquiries and kyc_status."""
-    own = [event for event in events if event["object_id"] and is_own(event)]
+    own = [event for event in events if event.inquiry_id and event.object_id == event.inquiry_id]
     if not own:
         return
-    before = read_inquiries(db, {event["inquiry_id"] for event in own})
-    links = read_links(db, {event["inquiry_id"] for event in own if is_first(event, before)})
+    before = read_inquiries(db, {event.inquiry_id for event in own})
+    first = {event.inquiry_id for event in own if event.name in STATUSES} - before.keys()
+    links = read_links(db, first) if first else {}
     after = dict(before)
     for event in own:
-        known = after.get(event["inquiry_id"])
-        if event["name"] in STATUSES:
+        known = after.get(event.inquiry_id)
+        if event.name in STATUSES:
             known = set_status(known, event, links)
         if known:
-            after[event["inquiry_id"]] = relink(db, known, event)
+            after[event.inquiry_id] = relink(db, known, event)
     changed = [row for row in after.values() if row != before.get(row.inquiry_id)]
     if changed:
         db.executemany(REPLACE_INQUIRY, changed)
+        people = {row.person for row in changed}
         left = {before[row.inquiry_id].person for row in changed if row.inquiry_id in before}
-        refresh_people(db, left | {row.person for row in changed})
-
-
-def is_own(event: sqlite3.Row) -> bool:
-    """Tell whether an event is about an inquiry itself, not about something in it."""
-    return event["object_id"] == event["inquiry_id"]
-
-
-def is_first(event: sqlite3.Row, known: Mapping[str, Inquiry]) -> bool:
-    """Tell whether an event gives a first status to an inquiry."""
-    return event["name"] in STATUSES and event["inquiry_id"] not in known
+        refresh_people(db, people | left, moved=not left <= people)
 
 
 def read_inquiries(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, Inquiry]:
@@ -827,7 +828,7 @@ def read_inquiries(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, Inqu
     return {row[0]: Inquiry(*row) for row in db.execute(query, (json.dumps(list(ids)),))}
 
 
-def read_links(db: sqlite3.Connection, ids: set[str]) -> dict[str, tuple[Any, Any]]:
+def read_links(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """Return reference ID and account ID of inquiries, from all of their events (rule 5)."""
     links: dict[str, tuple[Any, Any]] = {}
     query = """
@@ -835,25 +836,24 @@ def read_links(db: sqlite3.Connection, ids: set[str]) -> dict[str, tuple[Any, An
         WHERE inquiry_id IN (SELECT value FROM json_each(?)) AND object_id = inquiry_id
         ORDER BY created_at, event_id
     """
-    for inquiry, reference, account in db.execute(query, (json.dumps(list(ids)),)) if ids else ():
+    for inquiry, reference, account in db.execute(query, (json.dumps(list(ids)),)):
         older = links.get(inquiry, (None, None))
         links[inquiry] = (reference or older[0], account or older[1])
     return links
 
 
-def set_status(known: Inquiry | None, event: sqlite3.Row, links: Mapping) -> Inquiry:
+def set_status(known: Inquiry | None, event: Event, links: Mapping) -> Inquiry:
     """Return the inquiry with its status set by `event`, if that wins (rules 1 and 2)."""
-    inquiry_id, name = event["inquiry_id"], event["name"]
-    reference, account = known[1:3] if known else links[inquiry_id]
-    status, event_id, created_at = STATUSES[name][0], event["event_id"], event["created_at"]
-    new = Inquiry(inquiry_id, reference, account, status, event_id, name, created_at)
+    reference, account = known[1:3] if known else links[event.inquiry_id]
+    setting = (STATUSES[event.name][0], event.event_id, event.name, event.created_at)
+    new = Inquiry(event.inquiry_id, reference, account, *setting)
     return new if known is None or new.standing > known.standing else known
 
 
-def relink(db: sqlite3.Connection, known: Inquiry, event: sqlite3.Row) -> Inquiry:
+def relink(db: sqlite3.Connection, known: Inquiry, event: Event) -> Inquiry:
     """Return the inquiry with the links `event` carries, if they are the newest (rule 5)."""
     for column, query in NEWEST_LINK.items():
-        if event[column] not in (None, getattr(known, column)):
+        if getattr(event, column) not in (None, getattr(known, column)):
             newest = db.execute(query, (known.inquiry_id,)).fetchone()[0]
             known = known._replace(**{column: newest})
     return known
@@ -906,10 +906,11 @@ REFRESH_PEOPLE = """
 """
 
 
-def refresh_people(db: sqlite3.Connection, people: Iterable[str]) -> None:
-    """Set the status of `people` from their inquiries (rule 3); drop keys without any."""
+def refresh_people(db: sqlite3.Connection, people: Iterable[str], moved: bool) -> None:
+    """Set the status of `people` from their inquiries (rule 3); if any moved, drop old keys."""
     keys = json.dumps(list(people))
-    db.execute(DROP_LEFT_KEYS, (keys,))
+    if moved:
+        db.execute(DROP_LEFT_KEYS, (keys,))
     db.execute(REFRESH_PEOPLE, (utc_now(), keys))
 
 
@@ -924,22 +925,24 @@ LATE_EVENTS = """
     FROM events AS e LEFT JOIN inquiries AS i ON i.inquiry_id = e.inquiry_id
     JOIN redactions AS r ON r.subject_id IN
         (e.inquiry_id, e.account_id, e.reference_id, i.account_id, i.reference_id)
-    WHERE e.rowid >= ? GROUP BY e.rowid
+    WHERE e.rowid > ? GROUP BY e.rowid
 """
 
 
-def redact_new(db: sqlite3.Connection, events: list[sqlite3.Row]) -> int:
-    """Obey the redactions among new `events`, and older ones that concern these events.
+def redact_new(db: sqlite3.Connection, events: list[Event], last: int, earlier: bool) -> int:
+    """Obey the redactions among new `events`, which are all those beyond position `last`.
 
-    Return how many bodies were removed. See Persona's page "Model lifecycle".
+    If there were `earlier` redactions, obey those that concern these events, too. Return
+    how many bodies were removed. See Persona's page "Model lifecycle".
     """
     removed = 0
     for event in events:
-        if event["name"] in REDACTING:
-            subject = event[REDACTING[event["name"]]]
-            removed += redact(db, subject, event["created_at"]) if subject else 0
-    if events:
-        for subject, before in db.execute(LATE_EVENTS, (events[0]["position"],)).fetchall():
+        if event.name in REDACTING:
+            subject = getattr(event, REDACTING[event.name])
+            removed += redact(db, subject, event.created_at) if subject else 0
+            earlier = True
+    if earlier:
+        for subject, before in db.execute(LATE_EVENTS, (last,)).fetchall():
             removed += redact(db, subject, before)
     return removed
 
@@ -1746,14 +1749,12 @@ def rebuild() -> None:
     """
     with contextlib.closing(open_database()) as db, contextlib.closing(open_shadow()) as shadow:
         total = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
-        last = 0
         with click.progressbar(length=total, label="Reading the journal", file=sys.stderr) as bar:
-            while rows := read_journal(shadow, last, CHUNK):
+            for last in range(0, total, CHUNK):
                 with transaction(shadow):
-                    project(shadow, rows)
-                last = rows[-1]["position"]
-                bar.update(len(rows))
-        differences = find_differences(shadow, last)
+                    project(shadow, read_journal(shadow, last, min(last + CHUNK, total)))
+                bar.update(min(CHUNK, total - last))
+        differences = find_differences(shadow, total)
         with click.progressbar(differences, label="Mending", file=sys.stderr) as bar:
             for first in range(0, len(differences), CHUNK):
                 mend(db, differences[first : first + CHUNK])
@@ -1764,7 +1765,7 @@ def rebuild() -> None:
     if len(people) > 20:
         click.echo(f"... and {len(people) - 20} more")
     click.echo(
-        f"{last} events read; {len(differences)} rows differed, {len(people)} of them people"
+        f"{total} events read; {len(differences)} rows differed, {len(people)} of them people"
     )
 
 
@@ -1812,15 +1813,16 @@ def mend(db: sqlite3.Connection, differences: list[sqlite3.Row]) -> None:
     inquiries = json.dumps([row["inquiry_id"] for row in differences if row["inquiry_id"]])
     people = {row["person"] for row in differences if row["person"]}
     own = """
-        SELECT event_id, name, created_at, object_id, inquiry_id, account_id, reference_id
+        SELECT event_id, name, created_at, object_type, object_id,
+            inquiry_id, account_id, reference_id
         FROM events WHERE inquiry_id IN (SELECT value FROM json_each(?))
             AND object_id = inquiry_id ORDER BY rowid
     """
     with writing(db):
         people |= {row.person for row in read_inquiries(db, json.loads(inquiries)).values()}
         db.execute(DROP_INQUIRIES, (inquiries,))
-        project(db, db.execute(own, (inquiries,)).fetchall())
-        refresh_people(db, people)
+        project(db, [Event(*row) for row in db.execute(own, (inquiries,))])
+        refresh_people(db, people, moved=True)
 
 
 DROP_INQUIRIES = "DELETE FROM inquiries WHERE inquiry_id IN (SELECT value FROM json_each(?))"
