@@ -75,8 +75,7 @@ CASES = [
     Case(SERVICE, 16),
     Case(SERVICE, 16, stored=True),
     Case(TEXTBOOK, 16),
-    *(Case(name, 1) for name in MODULES),
-    *(Case(name, 64) for name in MODULES),
+    *(Case(name, count) for count in (1, 64) for name in (BARE, SERVICE, TEXTBOOK)),
     *(Case(name, count, slow=True) for count in (16, 64) for name in (SERVICE, TEXTBOOK)),
 ]
 
@@ -466,13 +465,29 @@ def describe_machine(bench: Bench) -> dict[str, str]:
         + packages,
         "File system": file_system(bench.folder),
         "fdatasync of 4 KiB, idle": f"{usual:.2f} ms; with the shim {slow:.2f} ms",
-        "Load average at the start": f"{os.getloadavg()[2]:.2f} (15 minutes), "
-        f"{os.getloadavg()[0]:.2f} (1 minute)",
+        "Idle before the start": f"{idle_percent(3):.0f} % of the CPU time",
         "Server": f"gunicorn {' '.join(procfile_flags())}, {WORKERS} workers",
-        "Method": f"{bench.rounds} rounds of {bench.seconds} s a case after "
-        f"{WARM_UP_SECONDS} s of warm-up, interleaved; distinct signed events of "
-        f"{BODY_BYTES:,} bytes; medians, and medians of each round's ratios",
+        "Method": f"rounds: {bench.rounds}, interleaved; {bench.seconds} s a case after "
+        f"{WARM_UP_SECONDS} s of warm-up; distinct signed events of {BODY_BYTES:,} bytes; "
+        "medians of the rounds, and medians of each round's ratios",
     }
+
+
+def idle_percent(seconds: int) -> float:
+    """Return how idle the machine is; tell when it is not."""
+    before = cpu_ticks()
+    time.sleep(seconds)
+    spent = [now - then for now, then in zip(cpu_ticks(), before, strict=True)]
+    idle = (spent[3] + spent[4]) / sum(spent) * 100  # idle, and waiting for the disk
+    if idle < 90:
+        say(f"the machine is only {idle:.0f} % idle: the figures will be wrong")
+    return idle
+
+
+def cpu_ticks() -> list[int]:
+    """Return how the kernel has spent its time: user, nice, system, idle, iowait ..."""
+    first, *_ = Path("/proc/stat").read_text().splitlines()
+    return [int(ticks) for ticks in first.split()[1:9]]
 
 
 def cpu_model() -> str:
@@ -528,11 +543,12 @@ def write_report(bench: Bench, machine: dict[str, str]) -> str:
         f"{title}\n\nWritten by `python bench/run.py`; README.md says what is measured.",
         "\n".join(f"- {name}: {value}" for name, value in machine.items()),
         "## Targets\n\n" + table(("figure", "target", "reached", ""), list_targets(bench)),
-        "## Speed\n\n" + table(RUN_HEADS, [run_row(bench, case) for case in CASES]),
+        "## Speed\n\n"
+        + table(RUN_HEADS, [run_row(bench, case) for case in sorted(CASES, key=order)]),
         "## Memory\n\n"
         + table(
             ("events of a worker", "resident MB"),
-            [(f"{events:,}", f"{size:.1f}") for events, size in bench.memory],
+            [(f"{events:,}", f"{size:.1f}") for events, size in memory_steps(bench)],
         ),
         "## Start\n\n" + table(("server", "seconds to the first answer"), list_starts(bench)),
     ]
@@ -543,6 +559,11 @@ RUN_HEADS = (
     *("server", "connections", "disk", "events/s", "÷ bare", "p50 ms", "p99 ms"),
     *("CPU µs/event", "resident MB", "refused"),
 )
+
+
+def order(case: Case) -> tuple[bool, int]:
+    """Return where a case stands in the table."""
+    return case.slow, case.connections
 
 
 def run_row(bench: Bench, case: Case) -> tuple[str, ...]:
@@ -582,6 +603,12 @@ def list_targets(bench: Bench) -> list[tuple[str, str, str, str]]:
         ("its growth over the second half, MB", "≤ 0.5", f"{growth:.1f}", verdict(growth <= 0.5))
     )
     return rows
+
+
+def memory_steps(bench: Bench) -> list[tuple[int, float]]:
+    """Return about ten of the memory figures, the last included."""
+    step = max(1, len(bench.memory) // 10)
+    return bench.memory[::-step][::-1]
 
 
 def memory_growth(bench: Bench) -> float:
@@ -650,7 +677,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--supply", default=10_000, help="events prepared for each second (default 10000)", **number
     )
-    parser.add_argument("--quick", action="store_true", help="try it: a minute, prints only")
+    parser.add_argument("--quick", action="store_true", help="try it: two minutes, prints only")
     parser.add_argument(
         "--dir", default="/var/tmp", type=Path, help="on the disk to measure (default /var/tmp)"
     )
