@@ -145,6 +145,7 @@ def measure(bench: Bench, case: Case) -> Run:
         before = count_rows(database) if case.stored else 0
         with Server(case.name, database, bench.shim if case.slow else None) as server:
             warm_up = load(bench, server, case.connections, WARM_UP_SECONDS, skip=0)
+            server.settle()
             used = server.cpu_seconds()
             result = load(bench, server, case.connections, bench.seconds, skip=bench.supply)
             server.settle()
@@ -484,6 +485,20 @@ def idle_percent(seconds: int) -> float:
     return idle
 
 
+@contextlib.contextmanager
+def watch_others(machine: dict[str, str]) -> Iterator[None]:
+    """Note how much of the CPU time the block could not have, because others used it."""
+    ticks, own = cpu_ticks(), sum(os.times()[:4])
+    yield
+    spent = [now - then for now, then in zip(cpu_ticks(), ticks, strict=True)]
+    own = (sum(os.times()[:4]) - own) * os.sysconf("SC_CLK_TCK")
+    busy = sum(spent) - spent[3] - spent[4] - spent[7]  # without idle, iowait and steal
+    machine["Taken during the run"] = (
+        f"{max(0, busy - own) / sum(spent) * 100:.0f} % of the CPU time by other processes and "
+        f"the kernel, {spent[7] / sum(spent) * 100:.1f} % by other virtual machines"
+    )
+
+
 def cpu_ticks() -> list[int]:
     """Return how the kernel has spent its time: user, nice, system, idle, iowait ..."""
     first, *_ = Path("/proc/stat").read_text().splitlines()
@@ -724,7 +739,8 @@ def main() -> None:
         bench = Bench(Path(folder), **options)
         build_shim(bench.shim)
         machine = describe_machine(bench)
-        measure_all(bench)
+        with watch_others(machine):
+            measure_all(bench)
     report = write_report(bench, machine)
     print(report)
     if not bench.quick:
