@@ -690,7 +690,7 @@ class Journal:
         if self.db is None or (self.unchecked < CHECKPOINT_PAGES and not self.scrub):
             return
         self.unchecked = 0
-        with contextlib.suppress(sqlite3.Error):
+        try:
             self.db.execute("PRAGMA busy_timeout = 0")
             if self.scrub:
                 self.scrub = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] != 0
@@ -699,6 +699,8 @@ class Journal:
                 if pages > self.wal_pages:
                     self.restart_wal(pages)
             self.db.execute("PRAGMA busy_timeout = 3000")
+        except sqlite3.Error:
+            self.close()  # the answers have left; the next commit finds out what is wrong
 
     def restart_wal(self, pages: int) -> None:
         """Wait a second for readers to let go of the WAL; if they do not, let it double."""
