@@ -916,11 +916,11 @@ def refresh_people(db: sqlite3.Connection, people: Iterable[str]) -> None:
 REDACTING = {"inquiry.redacted": "inquiry_id", "account.redacted": "account_id"}
 
 LATE_EVENTS = """
-    SELECT COALESCE(e.inquiry_id, e.account_id, e.reference_id), max(r.redacted_before)
+    SELECT DISTINCT r.subject_id, r.redacted_before
     FROM events AS e LEFT JOIN inquiries AS i ON i.inquiry_id = e.inquiry_id
     JOIN redactions AS r ON r.subject_id IN
         (e.inquiry_id, e.account_id, e.reference_id, i.account_id, i.reference_id)
-    WHERE e.rowid >= ? GROUP BY e.rowid
+    WHERE e.rowid >= ?
 """
 
 
@@ -963,12 +963,14 @@ def redact(db: sqlite3.Connection, subject: str, before: str) -> int:
 def find_subjects(db: sqlite3.Connection, subject: str) -> list[str]:
     """Return the IDs under which the journal holds a subject: its own and its inquiries'."""
     query = """
-        WITH subjects (id) AS (
-            SELECT ?1
-            UNION SELECT reference_id FROM events WHERE account_id = ?1
-            UNION SELECT account_id FROM events WHERE reference_id = ?1
+        WITH RECURSIVE subjects (id) AS (
+            SELECT ?
+            UNION SELECT e.reference_id FROM subjects JOIN events AS e ON e.account_id = id
+                WHERE e.reference_id IS NOT NULL
+            UNION SELECT e.account_id FROM subjects JOIN events AS e ON e.reference_id = id
+                WHERE e.account_id IS NOT NULL
         )
-        SELECT id FROM subjects WHERE id IS NOT NULL
+        SELECT id FROM subjects
         UNION SELECT inquiry_id FROM events
             WHERE account_id IN subjects AND inquiry_id IS NOT NULL
         UNION SELECT inquiry_id FROM events
@@ -1247,12 +1249,13 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
 
 def scrub_wal(db: sqlite3.Connection) -> None:
     """Empty the WAL, so that removed bodies are gone from the disk's files as bytes."""
-    with write_lock(current_app.config["KYC"].database):
-        busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-    if busy:
-        raise DatabaseError(
-            "removed, but a reader still holds the WAL: close it and run this again"
-        )
+    db.execute("PRAGMA busy_timeout = 0")  # wait for readers without stopping the service
+    for _ in range(50):
+        with write_lock(current_app.config["KYC"].database):
+            if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                return
+        time.sleep(0.1)
+    raise DatabaseError("removed, but a reader keeps the bytes in the WAL: end it, run this again")
 
 
 def confirm(question: str, yes: bool) -> None:
