@@ -1958,6 +1958,7 @@ def backup(path: Path) -> None:
 def copy_database(db: sqlite3.Connection, path: Path) -> None:
     """Write a consistent copy to the empty file at `path`, check and sync it."""
     db.execute("BEGIN")  # one view of the database for all steps, however much is written
+    db.execute("SELECT 1 FROM events").fetchone()  # BEGIN alone fixes no view
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
         with progress(length=100, label="Copying") as bar:
 

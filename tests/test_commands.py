@@ -444,10 +444,17 @@ def test_rebuild_loses_no_delivery_that_arrives_meanwhile(serve, flask, database
 
 # backup
 
+MANY_STEPS = """
+    INSERT INTO events (event_id, name, created_at, received_at, body_sha256, state, body)
+    VALUES ('evt_large', 'account.created', '', '', '', 'processed', zeroblob(80000000))
+"""
+
 
 def test_backup_under_load_is_consistent(serve, flask, no_secret, database, tmp_path):
     copy = tmp_path / "copy.db"
-    with load(serve()) as acknowledged:
+    server = serve()
+    execute(database, MANY_STEPS)
+    with load(server) as acknowledged:
         time.sleep(1)
         before = set(acknowledged)
         output = flask("backup", str(copy), **no_secret).stdout
