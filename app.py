@@ -927,8 +927,10 @@ REFRESH_PEOPLE = """
         account_id = excluded.account_id, event_id = excluded.event_id,
         event_name = excluded.event_name, event_at = excluded.event_at,
         updated_at = excluded.updated_at
-    WHERE (kyc_status.inquiry_id, kyc_status.account_id, kyc_status.event_id)
-        IS NOT (excluded.inquiry_id, excluded.account_id, excluded.event_id)
+    WHERE (kyc_status.status, kyc_status.inquiry_id, kyc_status.account_id,
+            kyc_status.event_id, kyc_status.event_name, kyc_status.event_at)
+        IS NOT (excluded.status, excluded.inquiry_id, excluded.account_id,
+            excluded.event_id, excluded.event_name, excluded.event_at)
 """
 
 
@@ -947,11 +949,11 @@ def refresh_people(db: sqlite3.Connection, people: Iterable[str], moved: bool) -
 REDACTING = {"inquiry.redacted": "inquiry_id", "account.redacted": "account_id"}
 
 LATE_EVENTS = """
-    SELECT COALESCE(e.inquiry_id, e.account_id, e.reference_id), max(r.redacted_before)
+    SELECT DISTINCT r.subject_id, r.redacted_before
     FROM events AS e LEFT JOIN inquiries AS i ON i.inquiry_id = e.inquiry_id
     JOIN redactions AS r ON r.subject_id IN
         (e.inquiry_id, e.account_id, e.reference_id, i.account_id, i.reference_id)
-    WHERE e.rowid > ? GROUP BY e.rowid
+    WHERE e.rowid > ?
 """
 
 
@@ -996,12 +998,14 @@ def redact(db: sqlite3.Connection, subject: str, before: str) -> int:
 def find_subjects(db: sqlite3.Connection, subject: str) -> list[str]:
     """Return the IDs under which the journal holds a subject: its own and its inquiries'."""
     query = """
-        WITH subjects (id) AS (
-            SELECT ?1
-            UNION SELECT reference_id FROM events WHERE account_id = ?1
-            UNION SELECT account_id FROM events WHERE reference_id = ?1
+        WITH RECURSIVE subjects (id) AS (
+            SELECT ?
+            UNION SELECT e.reference_id FROM subjects JOIN events AS e ON e.account_id = id
+                WHERE e.reference_id IS NOT NULL
+            UNION SELECT e.account_id FROM subjects JOIN events AS e ON e.reference_id = id
+                WHERE e.account_id IS NOT NULL
         )
-        SELECT id FROM subjects WHERE id IS NOT NULL
+        SELECT id FROM subjects
         UNION SELECT inquiry_id FROM events
             WHERE account_id IN subjects AND inquiry_id IS NOT NULL
         UNION SELECT inquiry_id FROM events
@@ -1284,18 +1288,24 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
 
 def scrub_wal(db: sqlite3.Connection) -> None:
     """Empty the WAL, so that removed bodies are gone from the disk's files as bytes."""
-    with write_lock(current_app.config["KYC"].database):
-        busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-    if busy:
-        raise DatabaseError(
-            "removed, but a reader still holds the WAL: close it and run this again"
-        )
+    db.execute("PRAGMA busy_timeout = 0")  # wait for readers without stopping the service
+    for _ in range(50):
+        with write_lock(current_app.config["KYC"].database):
+            if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                return
+        time.sleep(0.1)
+    raise DatabaseError("removed, but a reader keeps the bytes in the WAL: end it, run this again")
 
 
 def confirm(question: str, yes: bool) -> None:
     """Ask before something that cannot be undone, unless told not to or nobody is there."""
-    if not yes and sys.stdin.isatty():
+    if not yes and sys.stdin and sys.stdin.isatty():
         click.confirm(question, abort=True)
+
+
+def progress(*args: Any, **kwargs: Any) -> Any:
+    """Return a progress bar on stderr, which only a terminal sees."""
+    return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **kwargs)
 
 
 def print_table(heads: list[str], rows: list[list[Any]]) -> None:
@@ -1324,7 +1334,8 @@ class Moment(click.ParamType):
         """Return the time meant by `value`."""
         if age := re.fullmatch(r"([0-9]{1,6})([dhms])", value):
             unit = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}[age[2]]
-            return format_time(datetime.now(UTC) - timedelta(**{unit: int(age[1])}))
+            with contextlib.suppress(OverflowError):
+                return format_time(datetime.now(UTC) - timedelta(**{unit: int(age[1])}))
         return read_time(value) or self.fail(f"{value!r} is neither a time nor an age such as 90d")
 
 
@@ -1345,7 +1356,12 @@ def local_url() -> str:
     click.option("--created-at", type=Moment(), help="When it happened.  [default: now]"),
     click.option("--event-id", help="The event's ID; with --count, sent as duplicates."),
     click.option("--scheme", type=click.Choice(SCHEMES), help="[default: as configured]"),
-    click.option("--inflection", type=click.Choice(["kebab", "camel", "snake"]), default="kebab"),
+    click.option(
+        "--inflection",
+        type=click.Choice(["kebab", "camel", "snake"]),
+        default="kebab",
+        help="How keys are spelt.  [default: kebab]",
+    ),
     click.option("--count", type=click.IntRange(1, 1_000_000), default=1, help="How many to send."),
     click.option("--print", "show", is_flag=True, help="Print the body instead of sending it."),
 )
@@ -1377,14 +1393,15 @@ def trigger(
         status, reply = post(
             url, body, sign(body, secret, scheme or config.scheme, int(time.time()))
         )
-        click.echo(f"{name} {document['data']['id']} -> {status} {reply}")
+        click.echo(printable(f"{name} {document['data']['id']} -> {status} {reply}"))
         if status != 200:
             raise click.exceptions.Exit(1)
 
 
 def post(url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
     """POST a delivery as Persona does; return status and body of the answer."""
-    import urllib.error  # here, so that the service need not hold them
+    import http.client  # here, so that the service need not hold them
+    import urllib.error
     import urllib.request
 
     headers |= {
@@ -1396,11 +1413,12 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(urllib.request.Request(url, body, headers), timeout=10) as response:
-            return response.status, response.read().decode().strip()
+            return response.status, response.read().decode(errors="replace").strip()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace").strip()
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"{url}: {getattr(error, 'reason', error)}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = printable(getattr(error, "reason", None) or error or type(error).__name__)
+        raise click.ClickException(f"{url}: {cause}; does the server run?") from None
 
 
 PREFIXES = {
@@ -1414,6 +1432,17 @@ KINDS = {
     "document": "government-id",
     "selfie": "profile-and-center",
 }
+NAMES_ACCOUNT = ("account", "case", "inquiry", "report")
+NAMES_INQUIRY = (
+    "case",
+    "document",
+    "inquiry",
+    "inquiry-session",
+    "report",
+    "selfie",
+    "verification",
+)
+BEFORE_ACCOUNT = ("inquiry.created", "inquiry.started", "inquiry.transitioned", "inquiry.expired")
 PERSON = {
     **{"name-first": "Jane", "name-middle": None, "name-last": "Doe", "birthdate": "1994-12-30"},
     **{"address-street-1": "123 Main St", "address-city": "San Francisco"},
@@ -1432,19 +1461,19 @@ def build_event(
 ) -> dict[str, Any]:
     """Return the document of an event named `name`, shaped like Persona's (page "Events").
 
-    IDs that are left out are new. As with Persona, an inquiry names its account from its
-    completion on, unless `account_id` is given.
+    IDs that are left out are new, or absent where Persona names none: an inquiry, for
+    example, names its account only from its completion on.
     """
     kind, _, happening = name.rpartition(".")
     if not kind or not happening:
         raise click.BadParameter("an event is named like inquiry.approved", param_hint="NAME")
     family = kind.split("/")[0]
-    if family == "inquiry" and happening in ("created", "started", "expired"):
-        account = account_id
-    else:
-        account = account_id or new_id("act")
+    account, inquiry = account_id, inquiry_id
+    if (family in NAMES_ACCOUNT and name not in BEFORE_ACCOUNT) or name == "graph-query.completed":
+        account = account or new_id("act")
+    if family in NAMES_INQUIRY and not kind.startswith("report/business-"):
+        inquiry = inquiry or new_id("inq")
     created_at = created_at or utc_now()
-    inquiry = inquiry_id or new_id("inq")
     builder = {"inquiry": build_inquiry, "account": build_account}.get(family, build_part)
     thing = {
         "type": f"{kind}/{KINDS[kind]}" if kind in KINDS else kind,
@@ -1482,7 +1511,7 @@ def point(kind: str, target: str | None) -> dict[str, Any]:
 
 
 def build_inquiry(
-    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
 ) -> dict[str, Any]:
     """Return attributes and relationships of an inquiry."""
     status = STATUSES.get(f"inquiry.{happening}", ("completed", 0))[0]
@@ -1546,7 +1575,7 @@ def build_inquiry(
 
 
 def build_account(
-    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
 ) -> dict[str, Any]:
     """Return attributes of an account."""
     person = dict.fromkeys(PERSON) if happening == "redacted" else PERSON
@@ -1569,7 +1598,7 @@ def build_account(
 
 
 def build_part(
-    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
 ) -> dict[str, Any]:
     """Return attributes and relationships of a verification, a report, or anything else."""
     checks = ("id_barcode_detection", "id_expired_detection", "id_selfie_comparison")
@@ -1656,26 +1685,37 @@ def show_person(standing: dict[str, Any], timeline: list[dict[str, Any]], as_jso
     print_table(heads, [[event[column] for column in columns] for event in timeline])
 
 
-LIST_EVENTS = """
+NEXT_EVENTS = """
     SELECT rowid AS position, received_at, created_at, name, state, event_id, object_type,
         object_id, inquiry_id, account_id, reference_id, attempt, error, body_sha256, redacted_at
     FROM events
-    WHERE rowid > :after AND (:name IS NULL OR name GLOB :name)
+    WHERE rowid > :after AND rowid <= :end AND (:name IS NULL OR name GLOB :name)
         AND (:state IS NULL OR state = :state) AND (:since IS NULL OR received_at >= :since)
-    ORDER BY rowid * :direction LIMIT :limit
+    ORDER BY rowid LIMIT :limit
 """
+BEFORE_NEWEST = """
+    SELECT rowid FROM events
+    WHERE (:name IS NULL OR name GLOB :name) AND (:state IS NULL OR state = :state)
+        AND (:since IS NULL OR received_at >= :since)
+    ORDER BY rowid DESC LIMIT 1 OFFSET :limit
+"""
+EVENT_LINE = "{:<8}  {:<24}  {:<24}  {:<28}  {:<12}  {}"
 
 
 @operation(
     click.option("--name", help="Only events with this name; a glob such as 'inquiry.*'."),
-    click.option("--state", type=click.Choice(["processed", "failed", "unrecognized"])),
+    click.option(
+        "--state",
+        type=click.Choice(["processed", "failed", "unrecognized"]),
+        help="Only events in this state.",
+    ),
     click.option("--since", type=Moment(), help="Received since; a time or an age."),
     click.option(
-        "--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest."
+        "--limit", type=click.IntRange(1, 10**9), default=20, help="How many.  [default: 20]"
     ),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a line."),
     click.option("--follow", is_flag=True, help="Go on printing what arrives, like tail -f."),
-    click.option("--after", type=click.IntRange(0), help="Begin after this position."),
+    click.option("--after", type=click.IntRange(0, 10**15), help="Begin after this position."),
 )
 def events(
     limit: int, as_json: bool, follow: bool, after: int | None, **filters: str | None
@@ -1684,47 +1724,41 @@ def events(
 
     Example: flask events --name 'inquiry.*' --since 1h --json --follow
     """
-    query = {
-        **filters,
-        "after": after or 0,
-        "limit": limit,
-        "direction": 1 if after is not None else -1,
-    }
-    rows = list_events(query)
-    if query["direction"] == -1:
-        rows.reverse()
-    show_events(rows, as_json, first=True)
-    query |= {"direction": 1, "limit": 1000}
-    query["after"] = rows[-1]["position"] if rows else query["after"]
+    query = {**filters, "limit": limit, "after": after}
+    rows, query["after"] = list_events(query)
+    if not as_json:
+        heads = ("POSITION", "RECEIVED AT", "CREATED AT", "NAME", "STATE", "EVENT ID")
+        click.secho(EVENT_LINE.format(*heads), bold=True)
+    show_events(rows, as_json)
+    query["limit"] = CHUNK
     while follow:
+        time.sleep(0 if len(rows) == CHUNK else 0.2)
         try:
-            rows = list_events(query)
+            rows, query["after"] = list_events(query)
         except (DatabaseError, sqlite3.Error):
             rows = []  # the file is being replaced, or the disk is busy: look again
-        show_events(rows, as_json, first=False)
-        if rows:
-            query["after"] = rows[-1]["position"]
-        else:
-            time.sleep(0.2)
+        show_events(rows, as_json)
 
 
-def list_events(query: dict[str, Any]) -> list[sqlite3.Row]:
-    """Return journal rows; every call sees the file anew."""
+def list_events(query: dict[str, Any]) -> tuple[list[sqlite3.Row], int]:
+    """Return journal rows in order, and the position to go on from; sees the file anew."""
+    after = query["after"]
     with contextlib.closing(open_database(readonly=True)) as db:
-        return db.execute(LIST_EVENTS, query).fetchall()
+        end = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
+        if after is None:
+            after = (db.execute(BEFORE_NEWEST, query).fetchone() or [0])[0]
+        rows = db.execute(NEXT_EVENTS, {**query, "after": after, "end": end}).fetchall()
+    return rows, rows[-1]["position"] if len(rows) == query["limit"] else max(after, end)
 
 
-def show_events(rows: list[sqlite3.Row], as_json: bool, first: bool) -> None:
+def show_events(rows: list[sqlite3.Row], as_json: bool) -> None:
     """Print journal rows, and let a pipe have them at once."""
-    if as_json:
-        for row in rows:
+    for row in rows:
+        if as_json:
             click.echo(json.dumps(dict(row)))
-    elif first:
-        heads = ["POSITION", "RECEIVED AT", "CREATED AT", "NAME", "STATE", "EVENT ID"]
-        print_table(heads, [list(row)[:6] for row in rows])
-    else:
-        for row in rows:
-            click.echo("  ".join(printable(value) for value in row[:6]))
+        else:
+            line = EVENT_LINE.format(*map(printable, row[:6]))
+            click.secho(line, fg="red" if row["state"] == "failed" else None)
     sys.stdout.flush()
 
 
@@ -1738,29 +1772,28 @@ def replay(event_id: tuple[str, ...]) -> None:
     Example: flask replay evt_2aBcDeFgHiJkLmNoPqRsTuVw
     """
     with contextlib.closing(open_database()) as db:
-        failed = {row[0] for row in db.execute("SELECT event_id FROM failed_events")}
+        query = "SELECT event_id FROM failed_events ORDER BY position"
+        failed = [row[0] for row in db.execute(query)]
         if unknown := [printable(name) for name in event_id if name not in failed]:
             raise click.ClickException(f"{', '.join(unknown)}: not a failed event")
-        outcomes = [replay_event(db, name) for name in event_id or sorted(failed)]
-    click.echo(
-        f"{outcomes.count(STORED)} processed, {len(outcomes) - outcomes.count(STORED)} failed"
-    )
-    if set(outcomes) - {STORED}:
+        done = [replay_event(db, name) for name in event_id or failed]
+    click.echo(f"{done.count(True)} processed, {done.count(False)} failed")
+    if not all(done):
         raise click.exceptions.Exit(1)
 
 
-def replay_event(db: sqlite3.Connection, event_id: str) -> str:
-    """Dispatch one failed event in a transaction of its own; say what became of it."""
+def replay_event(db: sqlite3.Connection, event_id: str) -> bool:
+    """Dispatch one failed event in a transaction of its own; tell whether it is processed."""
+    query = "SELECT body, received_at, state, error FROM events WHERE event_id = ?"
     with writing(db):
-        query = "SELECT body, received_at FROM events WHERE event_id = ?"
-        body, received_at = db.execute(query, (event_id,)).fetchone()
-        if body is None:
-            outcome = "redacted: its body is gone, and with it what the handler needs"
-        else:
+        body, received_at, *_ = db.execute(query, (event_id,)).fetchone()
+        if body is not None:
             body = body.encode() if isinstance(body, str) else body
-            outcome = dispatch(db, read_event(body, received_at), new=False)
-    click.echo(f"{printable(event_id)} {outcome}")
-    return outcome
+            dispatch(db, read_event(body, received_at), new=False)
+        *_, state, error = db.execute(query, (event_id,)).fetchone()
+    why = "its body was removed, and with it what the handler needs" if body is None else error
+    click.echo(printable(f"{event_id} {state}" + (f": {why}" if state == "failed" else "")))
+    return state == "processed"
 
 
 CHUNK = 1000  # events or rows that a command takes at a time
@@ -1775,19 +1808,21 @@ def rebuild() -> None:
     """
     with contextlib.closing(open_database()) as db, contextlib.closing(open_shadow()) as shadow:
         total = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
-        with click.progressbar(length=total, label="Reading the journal", file=sys.stderr) as bar:
+        with progress(length=total, label="Reading the journal") as bar:
             for last in range(0, total, CHUNK):
                 with transaction(shadow):
                     project(shadow, read_journal(shadow, last, min(last + CHUNK, total)))
                 bar.update(min(CHUNK, total - last))
         differences = find_differences(shadow, total)
-        with click.progressbar(differences, label="Mending", file=sys.stderr) as bar:
+        with progress(differences, label="Mending") as bar:
             for first in range(0, len(differences), CHUNK):
                 mend(db, differences[first : first + CHUNK])
                 bar.update(CHUNK)
     people = [row for row in differences if row["person"]]
     for row in people[:20]:
-        click.echo(f"{printable(row['person'])}: {row['before']} -> {row['after']}")
+        before, after = row["before"] or "(no row)", row["after"] or "(no row)"
+        change = f"{before} -> {after}" if before != after else f"{after}, from another event"
+        click.echo(f"{printable(row['person'])}: {change}")
     if len(people) > 20:
         click.echo(f"... and {len(people) - 20} more")
     click.echo(
@@ -1900,7 +1935,13 @@ PRUNE = """
 
 
 @operation(
-    click.option("--older-than", "before", type=Moment(), required=True, help="Such as 90d."),
+    click.option(
+        "--older-than",
+        "before",
+        type=Moment(),
+        required=True,
+        help="An age such as 90d, or a time.",
+    ),
     click.option("--yes", is_flag=True, help="Do not ask."),
 )
 def prune(before: str, yes: bool) -> None:
@@ -1917,7 +1958,7 @@ def prune(before: str, yes: bool) -> None:
         note = f" {failed} of them failed and can no longer be replayed." if failed else ""
         confirm(f"Remove {bodies} bodies created before {before}?{note}", yes)
         removed = 0
-        with click.progressbar(range(0, last, CHUNK), label="Removing", file=sys.stderr) as bar:
+        with progress(range(0, last, CHUNK), label="Removing") as bar:
             for first in bar:
                 with writing(db):
                     chunk = (utc_now(), first, first + CHUNK, before)
@@ -1935,9 +1976,11 @@ def backup(path: Path) -> None:
 
     Example: flask backup /var/backups/kyc-monday.db
     """
-    if path.exists():
-        raise click.ClickException(f"{path}: exists already; a backup never overwrites")
     part = path.with_name(path.name + ".part")
+    for file in (path, part):
+        if os.path.lexists(file):
+            raise click.ClickException(f"{file}: exists already; a backup never overwrites")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up then, too
     os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         with contextlib.closing(open_database(readonly=True)) as db:
@@ -1951,8 +1994,9 @@ def backup(path: Path) -> None:
 def copy_database(db: sqlite3.Connection, path: Path) -> None:
     """Write a consistent copy to the empty file at `path`, check and sync it."""
     db.execute("BEGIN")  # one view of the database for all steps, however much is written
+    db.execute("SELECT 1 FROM events").fetchone()  # BEGIN alone fixes no view
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
-        with click.progressbar(length=100, label="Copying", file=sys.stderr) as bar:
+        with progress(length=100, label="Copying") as bar:
 
             def show(_: int, remaining: int, total: int) -> None:
                 bar.update(100 - 100 * remaining // max(total, 1) - bar.pos)
