@@ -244,7 +244,9 @@ class Load:
 
     def post(self, connection, event_id, body):
         """Deliver one event; return whether it was accepted."""
-        headers = sign(body) if self.keep else {**sign(body), "Connection": "close"}
+        headers = {**sign(body), "X-Request-Id": event_id}
+        if not self.keep:
+            headers["Connection"] = "close"
         start = time.monotonic()
         try:
             connection.request("POST", "/webhooks/persona", body, headers)
