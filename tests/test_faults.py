@@ -72,8 +72,8 @@ def test_lock_held_by_a_stranger_postpones_events_until_it_is_released(serve, da
     with Load(server.port, clients=16) as load:
         wait_until(progress(load))
         with locked_database(database) if lock == "database" else locked_file(database):
-            wait_until(lambda: load.answers[503] >= 20, seconds=30)
             assert server.request("GET", "/healthz")[0] == 503
+            wait_until(lambda: load.answers[503] >= 16)
         assert_postponed(load)
         wait_until(progress(load))
     assert_kept(database, load.accepted)
@@ -173,14 +173,15 @@ def test_clock_far_behind_refuses_until_it_is_right(serve):
 # Clients
 
 
+@pytest.mark.parametrize("clients", [20, 100])  # fewer and more than there are threads
 @pytest.mark.parametrize("part", ["headers", "body"])
-def test_slow_clients_do_not_stop_the_others(serve, database, part):
+def test_slow_clients_do_not_stop_the_others(serve, database, part, clients):
     server = serve()
     head = b"POST /webhooks/persona HTTP/1.1\r\nHost: localhost\r\n"
     if part == "body":
         head += b"Content-Length: 1000\r\n\r\n"
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(connect(server)) for _ in range(100)]
+        slow = [stack.enter_context(connect(server)) for _ in range(clients)]
         for client in slow:
             client.sendall(head)
         dripping = stack.enter_context(drip(slow))
@@ -246,7 +247,7 @@ def test_worker_that_starts_while_a_stranger_holds_a_lock_ends_nothing(serve, da
         wait_until(progress(load))
         with locked_database(database) if lock == "database" else locked_file(database):
             os.kill(*children(server), signal.SIGKILL)
-            time.sleep(12)  # longer than a start waits
+            time.sleep(12 if lock == "file" else 5)  # longer than a start waits
             assert server.process.poll() is None, server.log.read_text()[-1000:]
         wait_until(progress(load))
     assert_kept(database, load.accepted)

@@ -9,6 +9,7 @@ LONG=1 tries 2,000 cuts instead of 200.
 
 import bisect
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -108,7 +109,8 @@ def recorded(recorder, serve, environ, tmp_path):
             accepted |= load(server, "b", events // 4)
             server.stop()
             server = serve("--workers", "2", **serving)
-            accepted |= load(server, "c", events // 4, lambda: empty_wal(server, database, preload))
+            between = functools.partial(empty_wal, server, database, preload)
+            accepted |= load(server, "c", events // 4, between)
         server.stop()
         return read_log(path), accepted
 
