@@ -276,10 +276,7 @@ def find_damage(log, cuts, accepted, tmp_path):
         if record.kind == "A":
             promised.add(record.data.decode())
         disk.do(index, record)
-    print(
-        f"{len(points)} cuts in {len(log)} operations, {len(promised)} answers: {len(damage)} damaged",
-        damage[:2],
-    )
+    print(f"{len(points)} cuts in {len(log)} operations, {len(promised)} answers: {damage[:2]}")
     return damage
 
 
