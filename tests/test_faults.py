@@ -253,6 +253,20 @@ def test_worker_that_starts_while_a_stranger_holds_a_lock_ends_nothing(serve, da
     assert_kept(database, load.accepted)
 
 
+def test_worker_that_starts_while_the_database_is_gone_makes_no_other(serve, database):
+    server = serve()
+    with Load(server.port, clients=4) as load:
+        wait_until(progress(load))
+        database.rename(f"{database}.away")
+        os.kill(*children(server), signal.SIGKILL)
+        time.sleep(2)
+        assert server.process.poll() is None, server.log.read_text()[-1000:]
+        assert not database.exists()
+        os.rename(f"{database}.away", database)
+        wait_until(progress(load))
+    assert_kept(database, load.accepted)
+
+
 def test_worker_that_starts_on_a_full_disk_ends_nothing(serve, small_disk):
     server = serve(KYC_DATABASE=str(small_disk / "kyc.db"))
     with Load(server.port, clients=4, padding=20_000) as load:
