@@ -27,7 +27,7 @@ import pytest
 from conftest import LONG, Load, build
 
 CUTS = 2000 if LONG else 200
-EVENTS = 6000 if LONG else 1200
+EVENTS = 2000 if LONG else 1200
 SECTOR = 512
 DATABASE, WAL, DIRECTORY = 1, 2, 3
 RECORD = struct.Struct("<cb2xIQqQ")
