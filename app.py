@@ -11,6 +11,7 @@ PORT and WEB_CONCURRENCY belong to gunicorn. README.md explains each.
 """
 
 import atexit
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -109,7 +110,8 @@ def read_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not a path"
             raise ConfigError(f"PERSONA_WEBHOOK_SECRET_FILE cannot be read: {reason}") from None
-    return tuple(re.split(rb"[,\s]+", text.strip(b", \t\r\n"))) if text.strip(b", \t\r\n") else ()
+    text = text.removeprefix(codecs.BOM_UTF8)
+    return tuple(filter(None, re.split(rb"[,\s]+", text)))
 
 
 # --------------------------------------------------------------------------------------
@@ -124,6 +126,24 @@ BUSY_SECONDS = 3.0  # how long SQLite waits for a lock that another process hold
 
 class DatabaseError(Exception):
     """The database cannot be used; the message says why."""
+
+
+class DatabaseBusyError(DatabaseError):
+    """The database cannot be used for now."""
+
+
+OBSTACLES = {  # what SQLite says when the disk or another process is in the way
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR),
+    *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB),
+    *(sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL),
+}
+
+
+def is_obstacle(error: BaseException) -> bool:
+    """Tell whether the disk, the file or another process is to blame, and no event."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in OBSTACLES
+    return isinstance(error, OSError | DatabaseError)
 
 
 def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
@@ -155,8 +175,12 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
 def prepare_database(path: Path) -> None:
     """Create the database if there is none, mode 0600, and bring its schema up to date.
 
-    Raises DatabaseError when that cannot be done.
+    Raises DatabaseError when that cannot be done; DatabaseBusyError when it can be later, and
+    there are events already, which a new file would cut off from their WAL.
     """
+    schema = SCHEMA.read_text()
+    if is_gone(path):
+        raise DatabaseBusyError("the file is gone, but its WAL is there: bring it back")
     try:
         for file in (path, lock_path(path)):
             os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
@@ -164,7 +188,8 @@ def prepare_database(path: Path) -> None:
             if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 raise DatabaseError("its disk does not support WAL")
             if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-                db.executescript("BEGIN IMMEDIATE;" + SCHEMA.read_text() + "COMMIT;")
+                db.executescript("BEGIN IMMEDIATE;" + schema + "COMMIT;")
+            db.execute(JOURNAL_STATE).fetchone()  # fails here on another application's file
             with transaction(db):
                 db.execute(PROBE)  # fails here, not at the first event, when read-only
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process redacted
@@ -173,8 +198,23 @@ def prepare_database(path: Path) -> None:
         os.close(directory)
     except OSError as error:
         raise DatabaseError(error.strerror) from None
-    except sqlite3.Error as error:
-        raise DatabaseError(str(error)) from None
+    except (sqlite3.Error, DatabaseBusyError) as error:
+        kind = DatabaseBusyError if is_obstacle(error) and is_prepared(path) else DatabaseError
+        raise kind(str(error)) from None
+
+
+def is_gone(path: Path) -> bool:
+    """Tell whether a database was taken away from its WAL."""
+    return not path.exists() and path.with_name(path.name + "-wal").exists()
+
+
+def is_prepared(path: Path) -> bool:
+    """Tell whether the database at `path` has its schema."""
+    try:
+        with contextlib.closing(connect(path)) as db:
+            return db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
+    except (DatabaseError, sqlite3.Error):
+        return False
 
 
 @contextlib.contextmanager
@@ -190,19 +230,6 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def savepoint(db: sqlite3.Connection) -> Iterator[None]:
-    """Undo what the block did to the database if it raises."""
-    db.execute("SAVEPOINT handler")
-    try:
-        yield
-    except BaseException:
-        db.execute("ROLLBACK TO handler")
-        raise
-    finally:
-        db.execute("RELEASE handler")
-
-
 def lock_path(path: Path) -> Path:
     """Return the file whose lock queues the writers of the database at `path`."""
     return path.with_name(path.name + ".lock")
@@ -216,7 +243,7 @@ def write_lock(path: Path, seconds: int = 10) -> Iterator[None]:
     """
 
     def give_up(*_: object) -> None:
-        raise DatabaseError("another process holds the lock file")
+        raise DatabaseBusyError("another process holds the lock file")
 
     file = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
     previous = signal.signal(signal.SIGALRM, give_up)
@@ -246,7 +273,7 @@ def format_time(moment: datetime) -> str:
 # Signature
 # --------------------------------------------------------------------------------------
 
-MAX_SIGNATURES = 8  # in one header; Persona sends one, two while a secret rotates
+MAX_SIGNATURES = 4  # in one header; Persona sends one, two while a secret rotates
 
 
 class SignatureError(Exception):
@@ -356,13 +383,14 @@ def read_event(body: bytes, received_at: str) -> Event:
         event_id, name, payload = field(data, "id"), field(attributes, "name"), None
     else:  # the older shapes of third-party guides
         event_id, name, payload = field(document, "id"), field(document, "type"), data
-        if not text(event_id):
+        if not text(event_id) and field(attributes, "payload"):
             event_id = field(data, "id")
     payload = field(attributes, "payload") or payload
     if not text(event_id) or not text(name):
         return Event("sha256:" + hashlib.sha256(body).hexdigest(), UNRECOGNIZED, received_at)
+    official = field(data, "type") == "event" or field(attributes, "payload")
     times = (
-        field(attributes, "created-at"),
+        field(attributes, "created-at") if official else None,
         field(document, "created-at"),
         field(document, "created"),
     )
@@ -464,6 +492,7 @@ def parse_json(body: bytes) -> Any:
 STORED, DUPLICATE, FAILED = "stored", "duplicate", "failed"  # and UNRECOGNIZED
 
 ANSWER_SECONDS = 4.0  # Persona waits five
+LEAST_SECONDS = 0.2  # to wait while commits fail, for senders queue outside as well
 GATHER_SECONDS = 0.001  # for a commit's company, when the last one had some
 LAST = 2**63 - 1  # no position is greater
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
@@ -490,7 +519,7 @@ class Delivery:
 
     __slots__ = (
         *("event", "body", "received_at", "attempt", "started"),
-        *("outcome", "error", "done"),
+        *("outcome", "error", "fault", "done"),
     )
 
     def __init__(
@@ -507,6 +536,7 @@ class Delivery:
         self.started = time.perf_counter()
         self.outcome: str | None = None
         self.error: BaseException | None = None
+        self.fault: str | None = None  # why its handlers cannot run at all
         self.done = threading.Lock()
         self.done.acquire()
 
@@ -556,7 +586,8 @@ class Journal:
         self.thread: threading.Thread | None = None
         self.lock: int | None = None
         self.db: sqlite3.Connection | None = None
-        self.file: tuple[int, int] | None = None  # device and inode of the open database
+        self.files: dict[Path, tuple[int, int]] = {}  # the database, its WAL and WAL index
+        self.stuck: float | None = None  # since when no commit has succeeded, though one was due
         self.unchecked = 0  # pages, about, since the last checkpoint
         self.wal_pages = WAL_PAGES
         self.scrub = False  # redacted bytes are still in the WAL
@@ -574,7 +605,8 @@ class Journal:
         self.line.put(delivery)
         if self.thread is None or not self.thread.is_alive():
             self.start()
-        if not delivery.done.acquire(timeout=ANSWER_SECONDS):
+        stuck = time.monotonic() - (self.stuck or time.monotonic())
+        if not delivery.done.acquire(timeout=max(ANSWER_SECONDS - stuck, LEAST_SECONDS)):
             raise JournalError("the database did not answer in time")
         if delivery.outcome is None:
             raise JournalError(reason(delivery.error)) from delivery.error
@@ -599,12 +631,13 @@ class Journal:
         with self.turn():
             take_core()
         company = False
-        while not self.stopping:
+        while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
             with contextlib.suppress(queue.Empty):
                 batch.append(self.line.get(timeout=1.0 if self.scrub else None))
             if company:  # under load a short wait is repaid: fewer commits, each for more
                 time.sleep(GATHER_SECONDS)
+            self.stuck = self.stuck or time.monotonic()
             with self.turn():
                 with contextlib.suppress(queue.Empty):
                     while len(batch) < MAX_WAITING:
@@ -631,16 +664,25 @@ class Journal:
                 fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     def settle(self, batch: list[Delivery]) -> None:
-        """Commit `batch`; if an event is to blame for a failure, each event by itself."""
+        """Commit `batch`; if an event is to blame for a failure, each event by itself.
+
+        If even that fails, by its handlers, the event is kept without them, as failed.
+        """
         try:
             self.commit(batch)
         except BaseException as error:  # the one seam: a batch fails, the writer goes on
-            self.close()
+            if not isinstance(error, FileNotFoundError):  # it may come back, with its WAL
+                self.close()
             for delivery in batch:
                 delivery.outcome, delivery.error = None, error
-            if len(batch) > 1 and not isinstance(error, DATABASE_ERRORS):
+            if is_obstacle(error):
+                return
+            if len(batch) > 1:
                 for delivery in batch:
                     self.settle([delivery])
+            elif batch[0].event and batch[0].event.name in HANDLERS and not batch[0].fault:
+                batch[0].fault = f"{type(error).__name__}: {error}"
+                self.settle(batch)
 
     def commit(self, batch: list[Delivery]) -> None:
         """Store, project and dispatch `batch` in one transaction; set each outcome."""
@@ -656,26 +698,39 @@ class Journal:
             project(db, events)
             new = {event.event_id for event in events}
             for delivery in deliveries:
-                delivery.outcome = dispatch(db, delivery.event, delivery.event.event_id in new)
+                first = delivery.event.event_id in new
+                delivery.outcome = dispatch(db, delivery.event, first, delivery.fault)
                 new.discard(delivery.event.event_id)
             if redact_new(db, events, last, bool(redactions)):
                 self.scrub = True
             if len(deliveries) < len(batch):
                 db.execute(PROBE)
+        self.stuck = None
         for delivery in batch:
             delivery.error = None
             delivery.outcome = delivery.outcome or STORED
 
     def open(self) -> sqlite3.Connection:
         """Return the connection; open it anew when the file at the path is another one."""
-        status = os.stat(self.path)
-        if self.file != (status.st_dev, status.st_ino):
+        file = identify_file(self.path)
+        if self.files.get(self.path, file) != file:
             self.close()
+            self.discard_wal()
         if self.db is None:
             self.db = connect(self.path)
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
-            self.file = (status.st_dev, status.st_ino)
+            self.files = {path: identify_file(path) for path in (self.path, *wal_paths(self.path))}
         return self.db
+
+    def discard_wal(self) -> None:
+        """Remove the WAL of a database that another file has replaced, unless it has gone too.
+
+        SQLite would take it for the new file's, and damage that.
+        """
+        for path in wal_paths(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                if identify_file(path) == self.files.get(path):
+                    path.unlink()
 
     def close(self) -> None:
         """Drop the connection, whatever state it is in."""
@@ -730,7 +785,15 @@ def take_core() -> None:
             os.sched_setaffinity(int(thread), {core})
 
 
-DATABASE_ERRORS = (sqlite3.OperationalError, OSError, DatabaseError)  # no event's fault
+def identify_file(path: Path) -> tuple[int, int]:
+    """Return what tells a file from another at the same path: device and inode."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def wal_paths(path: Path) -> list[Path]:
+    """Return the paths of a database's WAL and WAL index."""
+    return [path.with_name(path.name + suffix) for suffix in ("-wal", "-shm")]
 
 
 def read_journal(db: sqlite3.Connection, after: int, until: int = LAST) -> list[Event]:
@@ -770,7 +833,7 @@ def reason(error: BaseException) -> str:
     """Say what was wrong with the database; of any other error only its kind."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return str(error) if isinstance(error, DATABASE_ERRORS) else type(error).__name__
+    return str(error) if is_obstacle(error) else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------
@@ -950,9 +1013,10 @@ REDACTING = {"inquiry.redacted": "inquiry_id", "account.redacted": "account_id"}
 
 LATE_EVENTS = """
     SELECT DISTINCT r.subject_id, r.redacted_before
-    FROM events AS e LEFT JOIN inquiries AS i ON i.inquiry_id = e.inquiry_id
-    JOIN redactions AS r ON r.subject_id IN
-        (e.inquiry_id, e.account_id, e.reference_id, i.account_id, i.reference_id)
+    FROM events AS e JOIN redactions AS r ON r.subject_id IN (
+        SELECT e.inquiry_id UNION SELECT e.account_id UNION SELECT e.reference_id
+        UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id
+        UNION SELECT reference_id FROM events WHERE inquiry_id = e.inquiry_id)
     WHERE e.rowid > ?
 """
 
@@ -978,38 +1042,27 @@ def redact_new(db: sqlite3.Connection, events: list[Event], last: int, earlier: 
 def redact(db: sqlite3.Connection, subject: str, before: str) -> int:
     """Remove the bodies of a subject's events created until `before`; return how many.
 
-    `subject` is an inquiry, account or reference ID; an account and its reference ID stand
-    for each other, and include their inquiries. What arrives later and is as old loses its
-    body on arrival.
+    `subject` is an inquiry, account or reference ID; the latter two include the inquiries
+    that any event links to them. What arrives later and is as old loses its body, too.
     """
-    ids = json.dumps(find_subjects(db, subject))
     db.execute(
         """
-        INSERT INTO redactions (subject_id, redacted_before)
-        SELECT value, ? FROM json_each(?) WHERE true
+        INSERT INTO redactions (subject_id, redacted_before) VALUES (?, ?)
         ON CONFLICT (subject_id) DO UPDATE SET
             redacted_before = max(redacted_before, excluded.redacted_before)
         """,
-        (before, ids),
+        (subject, before),
     )
+    ids = json.dumps(find_subjects(db, subject))
     return db.execute(REMOVE_BODIES, {"now": utc_now(), "ids": ids, "before": before}).rowcount
 
 
 def find_subjects(db: sqlite3.Connection, subject: str) -> list[str]:
-    """Return the IDs under which the journal holds a subject: its own and its inquiries'."""
+    """Return the ID of a subject, and those of the inquiries that belong to it."""
     query = """
-        WITH RECURSIVE subjects (id) AS (
-            SELECT ?
-            UNION SELECT e.reference_id FROM subjects JOIN events AS e ON e.account_id = id
-                WHERE e.reference_id IS NOT NULL
-            UNION SELECT e.account_id FROM subjects JOIN events AS e ON e.reference_id = id
-                WHERE e.account_id IS NOT NULL
-        )
-        SELECT id FROM subjects
-        UNION SELECT inquiry_id FROM events
-            WHERE account_id IN subjects AND inquiry_id IS NOT NULL
-        UNION SELECT inquiry_id FROM events
-            WHERE reference_id IN subjects AND inquiry_id IS NOT NULL
+        SELECT ?1
+        UNION SELECT inquiry_id FROM events WHERE account_id = ?1 AND inquiry_id IS NOT NULL
+        UNION SELECT inquiry_id FROM events WHERE reference_id = ?1 AND inquiry_id IS NOT NULL
     """
     return [row[0] for row in db.execute(query, (subject,))]
 
@@ -1057,43 +1110,71 @@ def on(*names: str) -> Callable[[Handler], Handler]:
 #     db.execute("INSERT INTO accounts (reference_id) VALUES (?)", (event.reference_id,))
 
 
-def dispatch(db: sqlite3.Connection, event: Event, new: bool) -> str:
-    """Run the handlers of an event that is in the journal, unless they have; say what became."""
+def dispatch(db: sqlite3.Connection, event: Event, first: bool, fault: str | None = None) -> str:
+    """Run the handlers of an event that is in the journal, unless they have; say what became.
+
+    `fault` says why they cannot be run at all.
+    """
     state = "processed"
-    if not new:
+    if not first:
         query = "SELECT state FROM events WHERE event_id = ?"
         state = db.execute(query, (event.event_id,)).fetchone()[0]
         if state == "processed":
             return DUPLICATE
     if event.name == UNRECOGNIZED:
         return UNRECOGNIZED
-    error = run_handlers(db, event)
+    error = fault or run_handlers(db, event)
     if error or state == "failed":
         state = "failed" if error else "processed"
-        update = "UPDATE events SET state = ?, error = ? WHERE event_id = ?"
-        db.execute(update, (state, error, event.event_id))
+        db.execute(SET_STATE, (state, error, event.event_id))
     return FAILED if error else STORED
+
+
+SET_STATE = """
+    UPDATE events SET state = ?1, error = CASE WHEN redacted_at IS NULL THEN ?2
+        ELSE substr(?2, 1, instr(?2 || ':', ':') - 1) END  -- the kind, not the message
+    WHERE event_id = ?3
+"""
+
+
+class TransactionLostError(Exception):
+    """A handler rolled back the whole transaction, its neighbours' events included."""
 
 
 def run_handlers(db: sqlite3.Connection, event: Event) -> str | None:
     """Run an event's handlers, all or nothing; return why one failed, or None."""
     if event.name not in HANDLERS:
         return None
+    db.execute("SAVEPOINT handlers")
     try:
-        with savepoint(db):
-            db.set_authorizer(protect_transaction)
-            for handler in HANDLERS[event.name]:
-                handler(db, event)
-    except BaseException as error:  # even sys.exit() in a handler fails its event alone
-        return f"{type(error).__name__}: {error}"
+        db.set_authorizer(protect_transaction)
+        for handler in HANDLERS[event.name]:
+            handler(db, event)
+        error = None
+    except BaseException as exception:  # even sys.exit() in a handler fails its event alone
+        error = explain_error(exception)
     finally:
         db.set_authorizer(None)
-    return None
+        db.row_factory, db.text_factory = sqlite3.Row, str
+    if not db.in_transaction:  # INSERT OR ROLLBACK, RAISE(ROLLBACK), a full disk
+        raise TransactionLostError(error or "a handler ended the transaction")
+    if error:
+        db.execute("ROLLBACK TO handlers")
+    db.execute("RELEASE handlers")
+    return error
 
 
-def protect_transaction(action: int, *_: object) -> int:
-    """Refuse a handler's COMMIT or ROLLBACK, explicit or not; SQLite asks when it prepares."""
-    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_TRANSACTION else sqlite3.SQLITE_OK
+def explain_error(error: BaseException) -> str:
+    """Return an exception's kind and message, in words that a table can hold."""
+    words = "".join(traceback.format_exception_only(error)).strip()[:1000]
+    return words.encode(errors="backslashreplace").decode()
+
+
+def protect_transaction(action: int, _: str | None, name: str | None, *__: object) -> int:
+    """Refuse what would end a handler's transaction or savepoint; asked at each prepare."""
+    ends = action == sqlite3.SQLITE_TRANSACTION
+    ends |= action == sqlite3.SQLITE_SAVEPOINT and name == "handlers"
+    return sqlite3.SQLITE_DENY if ends else sqlite3.SQLITE_OK
 
 
 # --------------------------------------------------------------------------------------
@@ -1125,6 +1206,8 @@ def receive() -> Response:
 
 def read_body() -> bytes:
     """Return the raw body; end the request when it is too large or broken off."""
+    if connection := request.environ.get("gunicorn.socket"):
+        connection.settimeout(ANSWER_SECONDS)  # a client that stalls must not hold a thread
     try:
         body = request.get_data(cache=False)
     except HTTPException:
@@ -1216,7 +1299,10 @@ def create_app(environ: Mapping[str, str]) -> Flask:
             raise ConfigError("PERSONA_WEBHOOK_SECRET is not set: nothing could be verified")
         start_logging()
         warn(config, environ)
-        prepare_database(config.database)
+        try:
+            prepare_database(config.database)
+        except DatabaseBusyError as error:  # a worker that is replaced must not end the service
+            log.error("KYC_DATABASE cannot be used for now, events get 503: %s", error)
         atexit.register(app.extensions["journal"].stop)
     return app
 
@@ -1789,7 +1875,7 @@ def replay_event(db: sqlite3.Connection, event_id: str) -> bool:
         body, received_at, *_ = db.execute(query, (event_id,)).fetchone()
         if body is not None:
             body = body.encode() if isinstance(body, str) else body
-            dispatch(db, read_event(body, received_at), new=False)
+            dispatch(db, read_event(body, received_at), first=False)
         *_, state, error = db.execute(query, (event_id,)).fetchone()
     why = "its body was removed, and with it what the handler needs" if body is None else error
     click.echo(printable(f"{event_id} {state}" + (f": {why}" if state == "failed" else "")))
@@ -2095,6 +2181,8 @@ def start() -> Flask:
         message = str(error)
     except DatabaseError as error:
         message = f"KYC_DATABASE {os.environ.get('KYC_DATABASE', 'kyc.db')}: {error}"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
     print(f"app.py: {message}", file=sys.stderr)
     sys.exit(4)  # gunicorn takes 4 for an app that does not load, and stops
 

@@ -154,7 +154,7 @@ def test_repeated_header_is_read_as_one(client):
     body = build()
     headers = [("Persona-Signature", sign(body, "wrong")["Persona-Signature"])]
     headers.append(("Persona-Signature", sign(body)["Persona-Signature"]))
-    assert client.post("/webhooks/persona", data=body, headers=headers).status_code in (200, 401)
+    assert client.post("/webhooks/persona", data=body, headers=headers).status_code == 200
 
 
 def test_stale_answer_says_by_how_many_seconds(client):
