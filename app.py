@@ -11,6 +11,7 @@ PORT and WEB_CONCURRENCY belong to gunicorn. README.md explains each.
 """
 
 import atexit
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -40,7 +41,7 @@ from typing import Any, NamedTuple
 
 import click
 from flask import Blueprint, Flask, Response, current_app, request
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
 log = logging.getLogger("kyc")
 
@@ -109,7 +110,8 @@ def read_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not a path"
             raise ConfigError(f"PERSONA_WEBHOOK_SECRET_FILE cannot be read: {reason}") from None
-    return tuple(re.split(rb"[,\s]+", text.strip(b", \t\r\n"))) if text.strip(b", \t\r\n") else ()
+    text = text.removeprefix(codecs.BOM_UTF8)
+    return tuple(filter(None, re.split(rb"[,\s]+", text)))
 
 
 # --------------------------------------------------------------------------------------
@@ -124,6 +126,24 @@ BUSY_SECONDS = 3.0  # how long SQLite waits for a lock that another process hold
 
 class DatabaseError(Exception):
     """The database cannot be used; the message says why."""
+
+
+class DatabaseBusyError(DatabaseError):
+    """The database cannot be used for now."""
+
+
+OBSTACLES = {  # what SQLite says when the disk or another process is in the way
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR),
+    *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB),
+    *(sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL),
+}
+
+
+def is_obstacle(error: BaseException) -> bool:
+    """Tell whether the disk, the file or another process is to blame, and no event."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in OBSTACLES
+    return isinstance(error, OSError | DatabaseError)
 
 
 def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
@@ -155,8 +175,12 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
 def prepare_database(path: Path) -> None:
     """Create the database if there is none, mode 0600, and bring its schema up to date.
 
-    Raises DatabaseError when that cannot be done.
+    Raises DatabaseError when that cannot be done; DatabaseBusyError when it can be later, and
+    there are events already, which a new file would cut off from their WAL.
     """
+    schema = SCHEMA.read_text()
+    if is_gone(path):
+        raise DatabaseBusyError("the file is gone, but its WAL is there: bring it back")
     try:
         for file in (path, lock_path(path)):
             os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
@@ -164,7 +188,8 @@ def prepare_database(path: Path) -> None:
             if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 raise DatabaseError("its disk does not support WAL")
             if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-                db.executescript("BEGIN IMMEDIATE;" + SCHEMA.read_text() + "COMMIT;")
+                db.executescript("BEGIN IMMEDIATE;" + schema + "COMMIT;")
+            db.execute(JOURNAL_STATE).fetchone()  # fails here on another application's file
             with transaction(db):
                 db.execute(PROBE)  # fails here, not at the first event, when read-only
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process redacted
@@ -173,8 +198,23 @@ def prepare_database(path: Path) -> None:
         os.close(directory)
     except OSError as error:
         raise DatabaseError(error.strerror) from None
-    except sqlite3.Error as error:
-        raise DatabaseError(str(error)) from None
+    except (sqlite3.Error, DatabaseBusyError) as error:
+        kind = DatabaseBusyError if is_obstacle(error) and is_prepared(path) else DatabaseError
+        raise kind(str(error)) from None
+
+
+def is_gone(path: Path) -> bool:
+    """Tell whether a database was taken away from its WAL."""
+    return not path.exists() and path.with_name(path.name + "-wal").exists()
+
+
+def is_prepared(path: Path) -> bool:
+    """Tell whether the database at `path` has its schema."""
+    try:
+        with contextlib.closing(connect(path)) as db:
+            return db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
+    except (DatabaseError, sqlite3.Error):
+        return False
 
 
 @contextlib.contextmanager
@@ -190,19 +230,6 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def savepoint(db: sqlite3.Connection) -> Iterator[None]:
-    """Undo what the block did to the database if it raises."""
-    db.execute("SAVEPOINT handler")
-    try:
-        yield
-    except BaseException:
-        db.execute("ROLLBACK TO handler")
-        raise
-    finally:
-        db.execute("RELEASE handler")
-
-
 def lock_path(path: Path) -> Path:
     """Return the file whose lock queues the writers of the database at `path`."""
     return path.with_name(path.name + ".lock")
@@ -216,7 +243,7 @@ def write_lock(path: Path, seconds: int = 10) -> Iterator[None]:
     """
 
     def give_up(*_: object) -> None:
-        raise DatabaseError("another process holds the lock file")
+        raise DatabaseBusyError("another process holds the lock file")
 
     file = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
     previous = signal.signal(signal.SIGALRM, give_up)
@@ -225,6 +252,7 @@ def write_lock(path: Path, seconds: int = 10) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         signal.alarm(0)
         yield
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing would not, if the process has forked
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
@@ -245,7 +273,7 @@ def format_time(moment: datetime) -> str:
 # Signature
 # --------------------------------------------------------------------------------------
 
-MAX_SIGNATURES = 8  # in one header; Persona sends one, two while a secret rotates
+MAX_SIGNATURES = 4  # in one header; Persona sends one, two while a secret rotates
 
 
 class SignatureError(Exception):
@@ -355,13 +383,14 @@ def read_event(body: bytes, received_at: str) -> Event:
         event_id, name, payload = field(data, "id"), field(attributes, "name"), None
     else:  # the older shapes of third-party guides
         event_id, name, payload = field(document, "id"), field(document, "type"), data
-        if not text(event_id):
+        if not text(event_id) and field(attributes, "payload"):
             event_id = field(data, "id")
     payload = field(attributes, "payload") or payload
     if not text(event_id) or not text(name):
         return Event("sha256:" + hashlib.sha256(body).hexdigest(), UNRECOGNIZED, received_at)
+    official = field(data, "type") == "event" or field(attributes, "payload")
     times = (
-        field(attributes, "created-at"),
+        field(attributes, "created-at") if official else None,
         field(document, "created-at"),
         field(document, "created"),
     )
@@ -463,10 +492,16 @@ def parse_json(body: bytes) -> Any:
 STORED, DUPLICATE, FAILED = "stored", "duplicate", "failed"  # and UNRECOGNIZED
 
 ANSWER_SECONDS = 4.0  # Persona waits five
+LEAST_SECONDS = 0.2  # to wait while commits fail, for senders queue outside as well
+GATHER_SECONDS = 0.001  # for a commit's company, when the last one had some
+LAST = 2**63 - 1  # no position is greater
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 CHECKPOINT_PAGES = 8_000  # written by a process between its checkpoints: 32 MB
 WAL_PAGES = 16_000  # beyond it, writers wait a moment for readers so that the WAL can restart
 
+JOURNAL_STATE = """
+    SELECT (SELECT COALESCE(max(rowid), 0) FROM events), EXISTS (SELECT 1 FROM redactions)
+"""
 INSERT_EVENT = """
     INSERT INTO events (event_id, name, created_at, received_at, object_type, object_id,
         inquiry_id, account_id, reference_id, attempt, body_sha256, state, body)
@@ -484,7 +519,7 @@ class Delivery:
 
     __slots__ = (
         *("event", "body", "received_at", "attempt", "started"),
-        *("outcome", "error", "done"),
+        *("outcome", "error", "fault", "done"),
     )
 
     def __init__(
@@ -501,6 +536,7 @@ class Delivery:
         self.started = time.perf_counter()
         self.outcome: str | None = None
         self.error: BaseException | None = None
+        self.fault: str | None = None  # why its handlers cannot run at all
         self.done = threading.Lock()
         self.done.acquire()
 
@@ -548,8 +584,10 @@ class Journal:
         """Start from nothing, as a process does that has just been forked."""
         self.line: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
+        self.lock: int | None = None
         self.db: sqlite3.Connection | None = None
-        self.file: tuple[int, int] | None = None  # device and inode of the open database
+        self.files: dict[Path, tuple[int, int]] = {}  # the database, its WAL and WAL index
+        self.stuck: float | None = None  # since when no commit has succeeded, though one was due
         self.unchecked = 0  # pages, about, since the last checkpoint
         self.wal_pages = WAL_PAGES
         self.scrub = False  # redacted bytes are still in the WAL
@@ -567,7 +605,8 @@ class Journal:
         self.line.put(delivery)
         if self.thread is None or not self.thread.is_alive():
             self.start()
-        if not delivery.done.acquire(timeout=ANSWER_SECONDS):
+        stuck = time.monotonic() - (self.stuck or time.monotonic())
+        if not delivery.done.acquire(timeout=max(ANSWER_SECONDS - stuck, LEAST_SECONDS)):
             raise JournalError("the database did not answer in time")
         if delivery.outcome is None:
             raise JournalError(reason(delivery.error)) from delivery.error
@@ -589,10 +628,16 @@ class Journal:
 
     def write_forever(self) -> None:
         """Commit what is in line, again and again."""
-        while not self.stopping:
+        with self.turn():
+            take_core()
+        company = False
+        while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
             with contextlib.suppress(queue.Empty):
                 batch.append(self.line.get(timeout=1.0 if self.scrub else None))
+            if company:  # under load a short wait is repaid: fewer commits, each for more
+                time.sleep(GATHER_SECONDS)
+            self.stuck = self.stuck or time.monotonic()
             with self.turn():
                 with contextlib.suppress(queue.Empty):
                     while len(batch) < MAX_WAITING:
@@ -601,65 +646,91 @@ class Journal:
                 for delivery in batch:
                     delivery.done.release()
                 self.checkpoint(batch)
+            company = len(batch) > 1
             log_deliveries(batch)
         self.close()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the lock file for the block; without one, SQLite's locks have to do."""
-        lock = None
         with contextlib.suppress(OSError):
-            lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.lock is None:
+                self.lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            if lock is not None:
-                os.close(lock)
+            if self.lock is not None:
+                fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     def settle(self, batch: list[Delivery]) -> None:
-        """Commit `batch`; if an event is to blame for a failure, each event by itself."""
+        """Commit `batch`; if an event is to blame for a failure, each event by itself.
+
+        If even that fails, by its handlers, the event is kept without them, as failed.
+        """
         try:
             self.commit(batch)
         except BaseException as error:  # the one seam: a batch fails, the writer goes on
-            self.close()
+            if not isinstance(error, FileNotFoundError):  # it may come back, with its WAL
+                self.close()
             for delivery in batch:
                 delivery.outcome, delivery.error = None, error
-            if len(batch) > 1 and not isinstance(error, DATABASE_ERRORS):
+            if is_obstacle(error):
+                return
+            if len(batch) > 1:
                 for delivery in batch:
                     self.settle([delivery])
+            elif batch[0].event and batch[0].event.name in HANDLERS and not batch[0].fault:
+                batch[0].fault = f"{type(error).__name__}: {error}"
+                self.settle(batch)
 
     def commit(self, batch: list[Delivery]) -> None:
         """Store, project and dispatch `batch` in one transaction; set each outcome."""
         db = self.open()
         deliveries = [delivery for delivery in batch if delivery.event]
         with transaction(db):
-            last = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
-            db.executemany(INSERT_EVENT, [delivery.row() for delivery in deliveries])
-            events = read_journal(db, last)
+            last, redactions = db.execute(JOURNAL_STATE).fetchone()
+            rows = [delivery.row() for delivery in deliveries]
+            if db.executemany(INSERT_EVENT, rows).rowcount == len(rows):
+                events = [delivery.event for delivery in deliveries]
+            else:
+                events = read_journal(db, last)  # the others were there already
             project(db, events)
-            new = {event["event_id"] for event in events}
+            new = {event.event_id for event in events}
             for delivery in deliveries:
-                delivery.outcome = dispatch(db, delivery.event, delivery.event.event_id in new)
+                first = delivery.event.event_id in new
+                delivery.outcome = dispatch(db, delivery.event, first, delivery.fault)
                 new.discard(delivery.event.event_id)
-            if redact_new(db, events):
+            if redact_new(db, events, last, bool(redactions)):
                 self.scrub = True
             if len(deliveries) < len(batch):
                 db.execute(PROBE)
+        self.stuck = None
         for delivery in batch:
             delivery.error = None
             delivery.outcome = delivery.outcome or STORED
 
     def open(self) -> sqlite3.Connection:
         """Return the connection; open it anew when the file at the path is another one."""
-        status = os.stat(self.path)
-        if self.file != (status.st_dev, status.st_ino):
+        file = identify_file(self.path)
+        if self.files.get(self.path, file) != file:
             self.close()
+            self.discard_wal()
         if self.db is None:
             self.db = connect(self.path)
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
-            self.file = (status.st_dev, status.st_ino)
+            self.files = {path: identify_file(path) for path in (self.path, *wal_paths(self.path))}
         return self.db
+
+    def discard_wal(self) -> None:
+        """Remove the WAL of a database that another file has replaced, unless it has gone too.
+
+        SQLite would take it for the new file's, and damage that.
+        """
+        for path in wal_paths(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                if identify_file(path) == self.files.get(path):
+                    path.unlink()
 
     def close(self) -> None:
         """Drop the connection, whatever state it is in."""
@@ -674,7 +745,7 @@ class Journal:
         if self.db is None or (self.unchecked < CHECKPOINT_PAGES and not self.scrub):
             return
         self.unchecked = 0
-        with contextlib.suppress(sqlite3.Error):
+        try:
             self.db.execute("PRAGMA busy_timeout = 0")
             if self.scrub:
                 self.scrub = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] != 0
@@ -683,25 +754,56 @@ class Journal:
                 if pages > self.wal_pages:
                     self.restart_wal(pages)
             self.db.execute("PRAGMA busy_timeout = 3000")
+        except sqlite3.Error:
+            self.close()  # the answers have left; the next commit finds out what is wrong
 
     def restart_wal(self, pages: int) -> None:
         """Wait a second for readers to let go of the WAL; if they do not, let it double."""
-        self.db.execute("PRAGMA busy_timeout = 1000")
-        busy = self.db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]
-        self.wal_pages = 2 * pages if busy else WAL_PAGES
+        deadline = time.monotonic() + 1.0
+        while self.db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
+            if time.monotonic() > deadline:
+                self.wal_pages = 2 * pages
+                return
+            time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
+        self.wal_pages = WAL_PAGES
 
 
-DATABASE_ERRORS = (sqlite3.OperationalError, OSError, DatabaseError)  # no event's fault
+def take_core() -> None:
+    """Keep this process on one core, the one with the fewest of its siblings.
 
-
-def read_journal(db: sqlite3.Connection, after: int, limit: int = -1) -> list[sqlite3.Row]:
-    """Return the events beyond position `after`, at most `limit`, without their bodies."""
-    query = """
-        SELECT rowid AS position, event_id, name, created_at, object_id,
-            inquiry_id, account_id, reference_id
-        FROM events WHERE rowid > ? ORDER BY rowid LIMIT ?
+    Its threads share one interpreter lock. On one core they hand it on at once; across
+    cores each hand-over wakes another core, which costs more than that core could do.
     """
-    return db.execute(query, (after, limit)).fetchall()
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        taken = [os.sched_getaffinity(int(pid)) for pid in siblings if int(pid) != os.getpid()]
+        core = min(os.sched_getaffinity(0), key=lambda core: taken.count({core}))
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), {core})
+
+
+def identify_file(path: Path) -> tuple[int, int]:
+    """Return what tells a file from another at the same path: device and inode."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def wal_paths(path: Path) -> list[Path]:
+    """Return the paths of a database's WAL and WAL index."""
+    return [path.with_name(path.name + suffix) for suffix in ("-wal", "-shm")]
+
+
+def read_journal(db: sqlite3.Connection, after: int, until: int = LAST) -> list[Event]:
+    """Return the events beyond position `after`, up to `until`, without their payloads."""
+    query = """
+        SELECT event_id, name, created_at, object_type, object_id,
+            inquiry_id, account_id, reference_id
+        FROM events WHERE rowid > ? AND rowid <= ? ORDER BY rowid
+    """
+    return [Event(*row) for row in db.execute(query, (after, until))]
 
 
 def log_deliveries(batch: list[Delivery]) -> None:
@@ -731,7 +833,7 @@ def reason(error: BaseException) -> str:
     """Say what was wrong with the database; of any other error only its kind."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return str(error) if isinstance(error, DATABASE_ERRORS) else type(error).__name__
+    return str(error) if is_obstacle(error) else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------
@@ -783,35 +885,27 @@ class Inquiry(NamedTuple):
         return self.event_at, STATUSES[self.event_name][1], self.event_id
 
 
-def project(db: sqlite3.Connection, events: Iterable[sqlite3.Row]) -> None:
+def project(db: sqlite3.Connection, events: Iterable[Event]) -> None:
     """Fold `events`, which are in the journal, into inquiries and kyc_status."""
-    own = [event for event in events if event["object_id"] and is_own(event)]
+    own = [event for event in events if event.inquiry_id and event.object_id == event.inquiry_id]
     if not own:
         return
-    before = read_inquiries(db, {event["inquiry_id"] for event in own})
-    links = read_links(db, {event["inquiry_id"] for event in own if is_first(event, before)})
+    before = read_inquiries(db, {event.inquiry_id for event in own})
+    first = {event.inquiry_id for event in own if event.name in STATUSES} - before.keys()
+    links = read_links(db, first) if first else {}
     after = dict(before)
     for event in own:
-        known = after.get(event["inquiry_id"])
-        if event["name"] in STATUSES:
+        known = after.get(event.inquiry_id)
+        if event.name in STATUSES:
             known = set_status(known, event, links)
         if known:
-            after[event["inquiry_id"]] = relink(db, known, event)
+            after[event.inquiry_id] = relink(db, known, event)
     changed = [row for row in after.values() if row != before.get(row.inquiry_id)]
     if changed:
         db.executemany(REPLACE_INQUIRY, changed)
+        people = {row.person for row in changed}
         left = {before[row.inquiry_id].person for row in changed if row.inquiry_id in before}
-        refresh_people(db, left | {row.person for row in changed})
-
-
-def is_own(event: sqlite3.Row) -> bool:
-    """Tell whether an event is about an inquiry itself, not about something in it."""
-    return event["object_id"] == event["inquiry_id"]
-
-
-def is_first(event: sqlite3.Row, known: Mapping[str, Inquiry]) -> bool:
-    """Tell whether an event gives a first status to an inquiry."""
-    return event["name"] in STATUSES and event["inquiry_id"] not in known
+        refresh_people(db, people | left, moved=not left <= people)
 
 
 def read_inquiries(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, Inquiry]:
@@ -823,7 +917,7 @@ def read_inquiries(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, Inqu
     return {row[0]: Inquiry(*row) for row in db.execute(query, (json.dumps(list(ids)),))}
 
 
-def read_links(db: sqlite3.Connection, ids: set[str]) -> dict[str, tuple[Any, Any]]:
+def read_links(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """Return reference ID and account ID of inquiries, from all of their events (rule 5)."""
     links: dict[str, tuple[Any, Any]] = {}
     query = """
@@ -831,25 +925,24 @@ def read_links(db: sqlite3.Connection, ids: set[str]) -> dict[str, tuple[Any, An
         WHERE inquiry_id IN (SELECT value FROM json_each(?)) AND object_id = inquiry_id
         ORDER BY created_at, event_id
     """
-    for inquiry, reference, account in db.execute(query, (json.dumps(list(ids)),)) if ids else ():
+    for inquiry, reference, account in db.execute(query, (json.dumps(list(ids)),)):
         older = links.get(inquiry, (None, None))
         links[inquiry] = (reference or older[0], account or older[1])
     return links
 
 
-def set_status(known: Inquiry | None, event: sqlite3.Row, links: Mapping) -> Inquiry:
+def set_status(known: Inquiry | None, event: Event, links: Mapping) -> Inquiry:
     """Return the inquiry with its status set by `event`, if that wins (rules 1 and 2)."""
-    inquiry_id, name = event["inquiry_id"], event["name"]
-    reference, account = known[1:3] if known else links[inquiry_id]
-    status, event_id, created_at = STATUSES[name][0], event["event_id"], event["created_at"]
-    new = Inquiry(inquiry_id, reference, account, status, event_id, name, created_at)
+    reference, account = known[1:3] if known else links[event.inquiry_id]
+    setting = (STATUSES[event.name][0], event.event_id, event.name, event.created_at)
+    new = Inquiry(event.inquiry_id, reference, account, *setting)
     return new if known is None or new.standing > known.standing else known
 
 
-def relink(db: sqlite3.Connection, known: Inquiry, event: sqlite3.Row) -> Inquiry:
+def relink(db: sqlite3.Connection, known: Inquiry, event: Event) -> Inquiry:
     """Return the inquiry with the links `event` carries, if they are the newest (rule 5)."""
     for column, query in NEWEST_LINK.items():
-        if event[column] not in (None, getattr(known, column)):
+        if getattr(event, column) not in (None, getattr(known, column)):
             newest = db.execute(query, (known.inquiry_id,)).fetchone()[0]
             known = known._replace(**{column: newest})
     return known
@@ -897,15 +990,18 @@ REFRESH_PEOPLE = """
         account_id = excluded.account_id, event_id = excluded.event_id,
         event_name = excluded.event_name, event_at = excluded.event_at,
         updated_at = excluded.updated_at
-    WHERE (kyc_status.inquiry_id, kyc_status.account_id, kyc_status.event_id)
-        IS NOT (excluded.inquiry_id, excluded.account_id, excluded.event_id)
+    WHERE (kyc_status.status, kyc_status.inquiry_id, kyc_status.account_id,
+            kyc_status.event_id, kyc_status.event_name, kyc_status.event_at)
+        IS NOT (excluded.status, excluded.inquiry_id, excluded.account_id,
+            excluded.event_id, excluded.event_name, excluded.event_at)
 """
 
 
-def refresh_people(db: sqlite3.Connection, people: Iterable[str]) -> None:
-    """Set the status of `people` from their inquiries (rule 3); drop keys without any."""
+def refresh_people(db: sqlite3.Connection, people: Iterable[str], moved: bool) -> None:
+    """Set the status of `people` from their inquiries (rule 3); if any moved, drop old keys."""
     keys = json.dumps(list(people))
-    db.execute(DROP_LEFT_KEYS, (keys,))
+    if moved:
+        db.execute(DROP_LEFT_KEYS, (keys,))
     db.execute(REFRESH_PEOPLE, (utc_now(), keys))
 
 
@@ -916,26 +1012,29 @@ def refresh_people(db: sqlite3.Connection, people: Iterable[str]) -> None:
 REDACTING = {"inquiry.redacted": "inquiry_id", "account.redacted": "account_id"}
 
 LATE_EVENTS = """
-    SELECT COALESCE(e.inquiry_id, e.account_id, e.reference_id), max(r.redacted_before)
-    FROM events AS e LEFT JOIN inquiries AS i ON i.inquiry_id = e.inquiry_id
-    JOIN redactions AS r ON r.subject_id IN
-        (e.inquiry_id, e.account_id, e.reference_id, i.account_id, i.reference_id)
-    WHERE e.rowid >= ? GROUP BY e.rowid
+    SELECT DISTINCT r.subject_id, r.redacted_before
+    FROM events AS e JOIN redactions AS r ON r.subject_id IN (
+        SELECT e.inquiry_id UNION SELECT e.account_id UNION SELECT e.reference_id
+        UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id
+        UNION SELECT reference_id FROM events WHERE inquiry_id = e.inquiry_id)
+    WHERE e.rowid > ?
 """
 
 
-def redact_new(db: sqlite3.Connection, events: list[sqlite3.Row]) -> int:
-    """Obey the redactions among new `events`, and older ones that concern these events.
+def redact_new(db: sqlite3.Connection, events: list[Event], last: int, earlier: bool) -> int:
+    """Obey the redactions among new `events`, which are all those beyond position `last`.
 
-    Return how many bodies were removed. See Persona's page "Model lifecycle".
+    If there were `earlier` redactions, obey those that concern these events, too. Return
+    how many bodies were removed. See Persona's page "Model lifecycle".
     """
     removed = 0
     for event in events:
-        if event["name"] in REDACTING:
-            subject = event[REDACTING[event["name"]]]
-            removed += redact(db, subject, event["created_at"]) if subject else 0
-    if events:
-        for subject, before in db.execute(LATE_EVENTS, (events[0]["position"],)).fetchall():
+        if event.name in REDACTING:
+            subject = getattr(event, REDACTING[event.name])
+            removed += redact(db, subject, event.created_at) if subject else 0
+            earlier = True
+    if earlier:
+        for subject, before in db.execute(LATE_EVENTS, (last,)).fetchall():
             removed += redact(db, subject, before)
     return removed
 
@@ -943,36 +1042,27 @@ def redact_new(db: sqlite3.Connection, events: list[sqlite3.Row]) -> int:
 def redact(db: sqlite3.Connection, subject: str, before: str) -> int:
     """Remove the bodies of a subject's events created until `before`; return how many.
 
-    `subject` is an inquiry, account or reference ID; an account and its reference ID stand
-    for each other, and include their inquiries. What arrives later and is as old loses its
-    body on arrival.
+    `subject` is an inquiry, account or reference ID; the latter two include the inquiries
+    that any event links to them. What arrives later and is as old loses its body, too.
     """
-    ids = json.dumps(find_subjects(db, subject))
     db.execute(
         """
-        INSERT INTO redactions (subject_id, redacted_before)
-        SELECT value, ? FROM json_each(?) WHERE true
+        INSERT INTO redactions (subject_id, redacted_before) VALUES (?, ?)
         ON CONFLICT (subject_id) DO UPDATE SET
             redacted_before = max(redacted_before, excluded.redacted_before)
         """,
-        (before, ids),
+        (subject, before),
     )
+    ids = json.dumps(find_subjects(db, subject))
     return db.execute(REMOVE_BODIES, {"now": utc_now(), "ids": ids, "before": before}).rowcount
 
 
 def find_subjects(db: sqlite3.Connection, subject: str) -> list[str]:
-    """Return the IDs under which the journal holds a subject: its own and its inquiries'."""
+    """Return the ID of a subject, and those of the inquiries that belong to it."""
     query = """
-        WITH subjects (id) AS (
-            SELECT ?1
-            UNION SELECT reference_id FROM events WHERE account_id = ?1
-            UNION SELECT account_id FROM events WHERE reference_id = ?1
-        )
-        SELECT id FROM subjects WHERE id IS NOT NULL
-        UNION SELECT inquiry_id FROM events
-            WHERE account_id IN subjects AND inquiry_id IS NOT NULL
-        UNION SELECT inquiry_id FROM events
-            WHERE reference_id IN subjects AND inquiry_id IS NOT NULL
+        SELECT ?1
+        UNION SELECT inquiry_id FROM events WHERE account_id = ?1 AND inquiry_id IS NOT NULL
+        UNION SELECT inquiry_id FROM events WHERE reference_id = ?1 AND inquiry_id IS NOT NULL
     """
     return [row[0] for row in db.execute(query, (subject,))]
 
@@ -1020,43 +1110,71 @@ def on(*names: str) -> Callable[[Handler], Handler]:
 #     db.execute("INSERT INTO accounts (reference_id) VALUES (?)", (event.reference_id,))
 
 
-def dispatch(db: sqlite3.Connection, event: Event, new: bool) -> str:
-    """Run the handlers of an event that is in the journal, unless they have; say what became."""
+def dispatch(db: sqlite3.Connection, event: Event, first: bool, fault: str | None = None) -> str:
+    """Run the handlers of an event that is in the journal, unless they have; say what became.
+
+    `fault` says why they cannot be run at all.
+    """
     state = "processed"
-    if not new:
+    if not first:
         query = "SELECT state FROM events WHERE event_id = ?"
         state = db.execute(query, (event.event_id,)).fetchone()[0]
         if state == "processed":
             return DUPLICATE
     if event.name == UNRECOGNIZED:
         return UNRECOGNIZED
-    error = run_handlers(db, event)
+    error = fault or run_handlers(db, event)
     if error or state == "failed":
         state = "failed" if error else "processed"
-        update = "UPDATE events SET state = ?, error = ? WHERE event_id = ?"
-        db.execute(update, (state, error, event.event_id))
+        db.execute(SET_STATE, (state, error, event.event_id))
     return FAILED if error else STORED
+
+
+SET_STATE = """
+    UPDATE events SET state = ?1, error = CASE WHEN redacted_at IS NULL THEN ?2
+        ELSE substr(?2, 1, instr(?2 || ':', ':') - 1) END  -- the kind, not the message
+    WHERE event_id = ?3
+"""
+
+
+class TransactionLostError(Exception):
+    """A handler rolled back the whole transaction, its neighbours' events included."""
 
 
 def run_handlers(db: sqlite3.Connection, event: Event) -> str | None:
     """Run an event's handlers, all or nothing; return why one failed, or None."""
     if event.name not in HANDLERS:
         return None
+    db.execute("SAVEPOINT handlers")
     try:
-        with savepoint(db):
-            db.set_authorizer(protect_transaction)
-            for handler in HANDLERS[event.name]:
-                handler(db, event)
-    except BaseException as error:  # even sys.exit() in a handler fails its event alone
-        return f"{type(error).__name__}: {error}"
+        db.set_authorizer(protect_transaction)
+        for handler in HANDLERS[event.name]:
+            handler(db, event)
+        error = None
+    except BaseException as exception:  # even sys.exit() in a handler fails its event alone
+        error = explain_error(exception)
     finally:
         db.set_authorizer(None)
-    return None
+        db.row_factory, db.text_factory = sqlite3.Row, str
+    if not db.in_transaction:  # INSERT OR ROLLBACK, RAISE(ROLLBACK), a full disk
+        raise TransactionLostError(error or "a handler ended the transaction")
+    if error:
+        db.execute("ROLLBACK TO handlers")
+    db.execute("RELEASE handlers")
+    return error
 
 
-def protect_transaction(action: int, *_: object) -> int:
-    """Refuse a handler's COMMIT or ROLLBACK, explicit or not; SQLite asks when it prepares."""
-    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_TRANSACTION else sqlite3.SQLITE_OK
+def explain_error(error: BaseException) -> str:
+    """Return an exception's kind and message, in words that a table can hold."""
+    words = "".join(traceback.format_exception_only(error)).strip()[:1000]
+    return words.encode(errors="backslashreplace").decode()
+
+
+def protect_transaction(action: int, _: str | None, name: str | None, *__: object) -> int:
+    """Refuse what would end a handler's transaction or savepoint; asked at each prepare."""
+    ends = action == sqlite3.SQLITE_TRANSACTION
+    ends |= action == sqlite3.SQLITE_SAVEPOINT and name == "handlers"
+    return sqlite3.SQLITE_DENY if ends else sqlite3.SQLITE_OK
 
 
 # --------------------------------------------------------------------------------------
@@ -1088,12 +1206,17 @@ def receive() -> Response:
 
 def read_body() -> bytes:
     """Return the raw body; end the request when it is too large or broken off."""
+    if connection := request.environ.get("gunicorn.socket"):
+        connection.settimeout(ANSWER_SECONDS)  # a client that stalls must not hold a thread
     try:
-        return request.get_data(cache=False)
+        body = request.get_data(cache=False)
     except HTTPException:
         raise
     except Exception:  # what the server raises for a malformed or broken body is its own
         raise BadRequest("the body could not be read") from None
+    if len(body) > current_app.config["KYC"].max_body_bytes:
+        raise RequestEntityTooLarge
+    return body
 
 
 def read_attempt() -> int | None:
@@ -1167,7 +1290,8 @@ def create_app(environ: Mapping[str, str]) -> Flask:
     config = read_config(environ)
     app = Flask(__name__, static_folder=None)
     app.config["KYC"] = config
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+    # One byte more, because werkzeug cuts a chunked body off at its limit without a word.
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes + 1
     app.extensions["journal"] = Journal(config.database)
     app.register_blueprint(routes)
     if environ.get("FLASK_RUN_FROM_CLI") != "true":
@@ -1175,7 +1299,10 @@ def create_app(environ: Mapping[str, str]) -> Flask:
             raise ConfigError("PERSONA_WEBHOOK_SECRET is not set: nothing could be verified")
         start_logging()
         warn(config, environ)
-        prepare_database(config.database)
+        try:
+            prepare_database(config.database)
+        except DatabaseBusyError as error:  # a worker that is replaced must not end the service
+            log.error("KYC_DATABASE cannot be used for now, events get 503: %s", error)
         atexit.register(app.extensions["journal"].stop)
     return app
 
@@ -1247,18 +1374,24 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
 
 def scrub_wal(db: sqlite3.Connection) -> None:
     """Empty the WAL, so that removed bodies are gone from the disk's files as bytes."""
-    with write_lock(current_app.config["KYC"].database):
-        busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-    if busy:
-        raise DatabaseError(
-            "removed, but a reader still holds the WAL: close it and run this again"
-        )
+    db.execute("PRAGMA busy_timeout = 0")  # wait for readers without stopping the service
+    for _ in range(50):
+        with write_lock(current_app.config["KYC"].database):
+            if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                return
+        time.sleep(0.1)
+    raise DatabaseError("removed, but a reader keeps the bytes in the WAL: end it, run this again")
 
 
 def confirm(question: str, yes: bool) -> None:
     """Ask before something that cannot be undone, unless told not to or nobody is there."""
-    if not yes and sys.stdin.isatty():
+    if not yes and sys.stdin and sys.stdin.isatty():
         click.confirm(question, abort=True)
+
+
+def progress(*args: Any, **kwargs: Any) -> Any:
+    """Return a progress bar on stderr, which only a terminal sees."""
+    return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **kwargs)
 
 
 def print_table(heads: list[str], rows: list[list[Any]]) -> None:
@@ -1287,7 +1420,8 @@ class Moment(click.ParamType):
         """Return the time meant by `value`."""
         if age := re.fullmatch(r"([0-9]{1,6})([dhms])", value):
             unit = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}[age[2]]
-            return format_time(datetime.now(UTC) - timedelta(**{unit: int(age[1])}))
+            with contextlib.suppress(OverflowError):
+                return format_time(datetime.now(UTC) - timedelta(**{unit: int(age[1])}))
         return read_time(value) or self.fail(f"{value!r} is neither a time nor an age such as 90d")
 
 
@@ -1308,7 +1442,12 @@ def local_url() -> str:
     click.option("--created-at", type=Moment(), help="When it happened.  [default: now]"),
     click.option("--event-id", help="The event's ID; with --count, sent as duplicates."),
     click.option("--scheme", type=click.Choice(SCHEMES), help="[default: as configured]"),
-    click.option("--inflection", type=click.Choice(["kebab", "camel", "snake"]), default="kebab"),
+    click.option(
+        "--inflection",
+        type=click.Choice(["kebab", "camel", "snake"]),
+        default="kebab",
+        help="How keys are spelt.  [default: kebab]",
+    ),
     click.option("--count", type=click.IntRange(1, 1_000_000), default=1, help="How many to send."),
     click.option("--print", "show", is_flag=True, help="Print the body instead of sending it."),
 )
@@ -1340,14 +1479,15 @@ def trigger(
         status, reply = post(
             url, body, sign(body, secret, scheme or config.scheme, int(time.time()))
         )
-        click.echo(f"{name} {document['data']['id']} -> {status} {reply}")
+        click.echo(printable(f"{name} {document['data']['id']} -> {status} {reply}"))
         if status != 200:
             raise click.exceptions.Exit(1)
 
 
 def post(url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
     """POST a delivery as Persona does; return status and body of the answer."""
-    import urllib.error  # here, so that the service need not hold them
+    import http.client  # here, so that the service need not hold them
+    import urllib.error
     import urllib.request
 
     headers |= {
@@ -1359,11 +1499,12 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(urllib.request.Request(url, body, headers), timeout=10) as response:
-            return response.status, response.read().decode().strip()
+            return response.status, response.read().decode(errors="replace").strip()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace").strip()
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"{url}: {getattr(error, 'reason', error)}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = printable(getattr(error, "reason", None) or error or type(error).__name__)
+        raise click.ClickException(f"{url}: {cause}; does the server run?") from None
 
 
 PREFIXES = {
@@ -1377,6 +1518,17 @@ KINDS = {
     "document": "government-id",
     "selfie": "profile-and-center",
 }
+NAMES_ACCOUNT = ("account", "case", "inquiry", "report")
+NAMES_INQUIRY = (
+    "case",
+    "document",
+    "inquiry",
+    "inquiry-session",
+    "report",
+    "selfie",
+    "verification",
+)
+BEFORE_ACCOUNT = ("inquiry.created", "inquiry.started", "inquiry.transitioned", "inquiry.expired")
 PERSON = {
     **{"name-first": "Jane", "name-middle": None, "name-last": "Doe", "birthdate": "1994-12-30"},
     **{"address-street-1": "123 Main St", "address-city": "San Francisco"},
@@ -1395,19 +1547,19 @@ def build_event(
 ) -> dict[str, Any]:
     """Return the document of an event named `name`, shaped like Persona's (page "Events").
 
-    IDs that are left out are new. As with Persona, an inquiry names its account from its
-    completion on, unless `account_id` is given.
+    IDs that are left out are new, or absent where Persona names none: an inquiry, for
+    example, names its account only from its completion on.
     """
     kind, _, happening = name.rpartition(".")
     if not kind or not happening:
         raise click.BadParameter("an event is named like inquiry.approved", param_hint="NAME")
     family = kind.split("/")[0]
-    if family == "inquiry" and happening in ("created", "started", "expired"):
-        account = account_id
-    else:
-        account = account_id or new_id("act")
+    account, inquiry = account_id, inquiry_id
+    if (family in NAMES_ACCOUNT and name not in BEFORE_ACCOUNT) or name == "graph-query.completed":
+        account = account or new_id("act")
+    if family in NAMES_INQUIRY and not kind.startswith("report/business-"):
+        inquiry = inquiry or new_id("inq")
     created_at = created_at or utc_now()
-    inquiry = inquiry_id or new_id("inq")
     builder = {"inquiry": build_inquiry, "account": build_account}.get(family, build_part)
     thing = {
         "type": f"{kind}/{KINDS[kind]}" if kind in KINDS else kind,
@@ -1445,7 +1597,7 @@ def point(kind: str, target: str | None) -> dict[str, Any]:
 
 
 def build_inquiry(
-    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
 ) -> dict[str, Any]:
     """Return attributes and relationships of an inquiry."""
     status = STATUSES.get(f"inquiry.{happening}", ("completed", 0))[0]
@@ -1509,7 +1661,7 @@ def build_inquiry(
 
 
 def build_account(
-    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
 ) -> dict[str, Any]:
     """Return attributes of an account."""
     person = dict.fromkeys(PERSON) if happening == "redacted" else PERSON
@@ -1532,7 +1684,7 @@ def build_account(
 
 
 def build_part(
-    happening: str, created_at: str, inquiry: str, account: str | None, reference: str | None
+    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
 ) -> dict[str, Any]:
     """Return attributes and relationships of a verification, a report, or anything else."""
     checks = ("id_barcode_detection", "id_expired_detection", "id_selfie_comparison")
@@ -1619,26 +1771,37 @@ def show_person(standing: dict[str, Any], timeline: list[dict[str, Any]], as_jso
     print_table(heads, [[event[column] for column in columns] for event in timeline])
 
 
-LIST_EVENTS = """
+NEXT_EVENTS = """
     SELECT rowid AS position, received_at, created_at, name, state, event_id, object_type,
         object_id, inquiry_id, account_id, reference_id, attempt, error, body_sha256, redacted_at
     FROM events
-    WHERE rowid > :after AND (:name IS NULL OR name GLOB :name)
+    WHERE rowid > :after AND rowid <= :end AND (:name IS NULL OR name GLOB :name)
         AND (:state IS NULL OR state = :state) AND (:since IS NULL OR received_at >= :since)
-    ORDER BY rowid * :direction LIMIT :limit
+    ORDER BY rowid LIMIT :limit
 """
+BEFORE_NEWEST = """
+    SELECT rowid FROM events
+    WHERE (:name IS NULL OR name GLOB :name) AND (:state IS NULL OR state = :state)
+        AND (:since IS NULL OR received_at >= :since)
+    ORDER BY rowid DESC LIMIT 1 OFFSET :limit
+"""
+EVENT_LINE = "{:<8}  {:<24}  {:<24}  {:<28}  {:<12}  {}"
 
 
 @operation(
     click.option("--name", help="Only events with this name; a glob such as 'inquiry.*'."),
-    click.option("--state", type=click.Choice(["processed", "failed", "unrecognized"])),
+    click.option(
+        "--state",
+        type=click.Choice(["processed", "failed", "unrecognized"]),
+        help="Only events in this state.",
+    ),
     click.option("--since", type=Moment(), help="Received since; a time or an age."),
     click.option(
-        "--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest."
+        "--limit", type=click.IntRange(1, 10**9), default=20, help="How many.  [default: 20]"
     ),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a line."),
     click.option("--follow", is_flag=True, help="Go on printing what arrives, like tail -f."),
-    click.option("--after", type=click.IntRange(0), help="Begin after this position."),
+    click.option("--after", type=click.IntRange(0, 10**15), help="Begin after this position."),
 )
 def events(
     limit: int, as_json: bool, follow: bool, after: int | None, **filters: str | None
@@ -1647,47 +1810,41 @@ def events(
 
     Example: flask events --name 'inquiry.*' --since 1h --json --follow
     """
-    query = {
-        **filters,
-        "after": after or 0,
-        "limit": limit,
-        "direction": 1 if after is not None else -1,
-    }
-    rows = list_events(query)
-    if query["direction"] == -1:
-        rows.reverse()
-    show_events(rows, as_json, first=True)
-    query |= {"direction": 1, "limit": 1000}
-    query["after"] = rows[-1]["position"] if rows else query["after"]
+    query = {**filters, "limit": limit, "after": after}
+    rows, query["after"] = list_events(query)
+    if not as_json:
+        heads = ("POSITION", "RECEIVED AT", "CREATED AT", "NAME", "STATE", "EVENT ID")
+        click.secho(EVENT_LINE.format(*heads), bold=True)
+    show_events(rows, as_json)
+    query["limit"] = CHUNK
     while follow:
+        time.sleep(0 if len(rows) == CHUNK else 0.2)
         try:
-            rows = list_events(query)
+            rows, query["after"] = list_events(query)
         except (DatabaseError, sqlite3.Error):
             rows = []  # the file is being replaced, or the disk is busy: look again
-        show_events(rows, as_json, first=False)
-        if rows:
-            query["after"] = rows[-1]["position"]
-        else:
-            time.sleep(0.2)
+        show_events(rows, as_json)
 
 
-def list_events(query: dict[str, Any]) -> list[sqlite3.Row]:
-    """Return journal rows; every call sees the file anew."""
+def list_events(query: dict[str, Any]) -> tuple[list[sqlite3.Row], int]:
+    """Return journal rows in order, and the position to go on from; sees the file anew."""
+    after = query["after"]
     with contextlib.closing(open_database(readonly=True)) as db:
-        return db.execute(LIST_EVENTS, query).fetchall()
+        end = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
+        if after is None:
+            after = (db.execute(BEFORE_NEWEST, query).fetchone() or [0])[0]
+        rows = db.execute(NEXT_EVENTS, {**query, "after": after, "end": end}).fetchall()
+    return rows, rows[-1]["position"] if len(rows) == query["limit"] else max(after, end)
 
 
-def show_events(rows: list[sqlite3.Row], as_json: bool, first: bool) -> None:
+def show_events(rows: list[sqlite3.Row], as_json: bool) -> None:
     """Print journal rows, and let a pipe have them at once."""
-    if as_json:
-        for row in rows:
+    for row in rows:
+        if as_json:
             click.echo(json.dumps(dict(row)))
-    elif first:
-        heads = ["POSITION", "RECEIVED AT", "CREATED AT", "NAME", "STATE", "EVENT ID"]
-        print_table(heads, [list(row)[:6] for row in rows])
-    else:
-        for row in rows:
-            click.echo("  ".join(printable(value) for value in row[:6]))
+        else:
+            line = EVENT_LINE.format(*map(printable, row[:6]))
+            click.secho(line, fg="red" if row["state"] == "failed" else None)
     sys.stdout.flush()
 
 
@@ -1701,29 +1858,28 @@ def replay(event_id: tuple[str, ...]) -> None:
     Example: flask replay evt_2aBcDeFgHiJkLmNoPqRsTuVw
     """
     with contextlib.closing(open_database()) as db:
-        failed = {row[0] for row in db.execute("SELECT event_id FROM failed_events")}
+        query = "SELECT event_id FROM failed_events ORDER BY position"
+        failed = [row[0] for row in db.execute(query)]
         if unknown := [printable(name) for name in event_id if name not in failed]:
             raise click.ClickException(f"{', '.join(unknown)}: not a failed event")
-        outcomes = [replay_event(db, name) for name in event_id or sorted(failed)]
-    click.echo(
-        f"{outcomes.count(STORED)} processed, {len(outcomes) - outcomes.count(STORED)} failed"
-    )
-    if set(outcomes) - {STORED}:
+        done = [replay_event(db, name) for name in event_id or failed]
+    click.echo(f"{done.count(True)} processed, {done.count(False)} failed")
+    if not all(done):
         raise click.exceptions.Exit(1)
 
 
-def replay_event(db: sqlite3.Connection, event_id: str) -> str:
-    """Dispatch one failed event in a transaction of its own; say what became of it."""
+def replay_event(db: sqlite3.Connection, event_id: str) -> bool:
+    """Dispatch one failed event in a transaction of its own; tell whether it is processed."""
+    query = "SELECT body, received_at, state, error FROM events WHERE event_id = ?"
     with writing(db):
-        query = "SELECT body, received_at FROM events WHERE event_id = ?"
-        body, received_at = db.execute(query, (event_id,)).fetchone()
-        if body is None:
-            outcome = "redacted: its body is gone, and with it what the handler needs"
-        else:
+        body, received_at, *_ = db.execute(query, (event_id,)).fetchone()
+        if body is not None:
             body = body.encode() if isinstance(body, str) else body
-            outcome = dispatch(db, read_event(body, received_at), new=False)
-    click.echo(f"{printable(event_id)} {outcome}")
-    return outcome
+            dispatch(db, read_event(body, received_at), first=False)
+        *_, state, error = db.execute(query, (event_id,)).fetchone()
+    why = "its body was removed, and with it what the handler needs" if body is None else error
+    click.echo(printable(f"{event_id} {state}" + (f": {why}" if state == "failed" else "")))
+    return state == "processed"
 
 
 CHUNK = 1000  # events or rows that a command takes at a time
@@ -1738,25 +1894,25 @@ def rebuild() -> None:
     """
     with contextlib.closing(open_database()) as db, contextlib.closing(open_shadow()) as shadow:
         total = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
-        last = 0
-        with click.progressbar(length=total, label="Reading the journal", file=sys.stderr) as bar:
-            while rows := read_journal(shadow, last, CHUNK):
+        with progress(length=total, label="Reading the journal") as bar:
+            for last in range(0, total, CHUNK):
                 with transaction(shadow):
-                    project(shadow, rows)
-                last = rows[-1]["position"]
-                bar.update(len(rows))
-        differences = find_differences(shadow, last)
-        with click.progressbar(differences, label="Mending", file=sys.stderr) as bar:
+                    project(shadow, read_journal(shadow, last, min(last + CHUNK, total)))
+                bar.update(min(CHUNK, total - last))
+        differences = find_differences(shadow, total)
+        with progress(differences, label="Mending") as bar:
             for first in range(0, len(differences), CHUNK):
                 mend(db, differences[first : first + CHUNK])
                 bar.update(CHUNK)
     people = [row for row in differences if row["person"]]
     for row in people[:20]:
-        click.echo(f"{printable(row['person'])}: {row['before']} -> {row['after']}")
+        before, after = row["before"] or "(no row)", row["after"] or "(no row)"
+        change = f"{before} -> {after}" if before != after else f"{after}, from another event"
+        click.echo(f"{printable(row['person'])}: {change}")
     if len(people) > 20:
         click.echo(f"... and {len(people) - 20} more")
     click.echo(
-        f"{last} events read; {len(differences)} rows differed, {len(people)} of them people"
+        f"{total} events read; {len(differences)} rows differed, {len(people)} of them people"
     )
 
 
@@ -1804,15 +1960,16 @@ def mend(db: sqlite3.Connection, differences: list[sqlite3.Row]) -> None:
     inquiries = json.dumps([row["inquiry_id"] for row in differences if row["inquiry_id"]])
     people = {row["person"] for row in differences if row["person"]}
     own = """
-        SELECT event_id, name, created_at, object_id, inquiry_id, account_id, reference_id
+        SELECT event_id, name, created_at, object_type, object_id,
+            inquiry_id, account_id, reference_id
         FROM events WHERE inquiry_id IN (SELECT value FROM json_each(?))
             AND object_id = inquiry_id ORDER BY rowid
     """
     with writing(db):
         people |= {row.person for row in read_inquiries(db, json.loads(inquiries)).values()}
         db.execute(DROP_INQUIRIES, (inquiries,))
-        project(db, db.execute(own, (inquiries,)).fetchall())
-        refresh_people(db, people)
+        project(db, [Event(*row) for row in db.execute(own, (inquiries,))])
+        refresh_people(db, people, moved=True)
 
 
 DROP_INQUIRIES = "DELETE FROM inquiries WHERE inquiry_id IN (SELECT value FROM json_each(?))"
@@ -1864,7 +2021,13 @@ PRUNE = """
 
 
 @operation(
-    click.option("--older-than", "before", type=Moment(), required=True, help="Such as 90d."),
+    click.option(
+        "--older-than",
+        "before",
+        type=Moment(),
+        required=True,
+        help="An age such as 90d, or a time.",
+    ),
     click.option("--yes", is_flag=True, help="Do not ask."),
 )
 def prune(before: str, yes: bool) -> None:
@@ -1881,7 +2044,7 @@ def prune(before: str, yes: bool) -> None:
         note = f" {failed} of them failed and can no longer be replayed." if failed else ""
         confirm(f"Remove {bodies} bodies created before {before}?{note}", yes)
         removed = 0
-        with click.progressbar(range(0, last, CHUNK), label="Removing", file=sys.stderr) as bar:
+        with progress(range(0, last, CHUNK), label="Removing") as bar:
             for first in bar:
                 with writing(db):
                     chunk = (utc_now(), first, first + CHUNK, before)
@@ -1899,9 +2062,11 @@ def backup(path: Path) -> None:
 
     Example: flask backup /var/backups/kyc-monday.db
     """
-    if path.exists():
-        raise click.ClickException(f"{path}: exists already; a backup never overwrites")
     part = path.with_name(path.name + ".part")
+    for file in (path, part):
+        if os.path.lexists(file):
+            raise click.ClickException(f"{file}: exists already; a backup never overwrites")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up then, too
     os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         with contextlib.closing(open_database(readonly=True)) as db:
@@ -1915,8 +2080,9 @@ def backup(path: Path) -> None:
 def copy_database(db: sqlite3.Connection, path: Path) -> None:
     """Write a consistent copy to the empty file at `path`, check and sync it."""
     db.execute("BEGIN")  # one view of the database for all steps, however much is written
+    db.execute("SELECT 1 FROM events").fetchone()  # BEGIN alone fixes no view
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
-        with click.progressbar(length=100, label="Copying", file=sys.stderr) as bar:
+        with progress(length=100, label="Copying") as bar:
 
             def show(_: int, remaining: int, total: int) -> None:
                 bar.update(100 - 100 * remaining // max(total, 1) - bar.pos)
@@ -2015,6 +2181,8 @@ def start() -> Flask:
         message = str(error)
     except DatabaseError as error:
         message = f"KYC_DATABASE {os.environ.get('KYC_DATABASE', 'kyc.db')}: {error}"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
     print(f"app.py: {message}", file=sys.stderr)
     sys.exit(4)  # gunicorn takes 4 for an app that does not load, and stops
 

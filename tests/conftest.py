@@ -1,7 +1,9 @@
 """What the tests share: an app on a database of its own, a sender that signs, a real server."""
 
+import collections
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,9 +22,12 @@ import pytest
 os.environ["FLASK_RUN_FROM_CLI"] = "true"  # importing app starts no service
 import app as kyc
 
+kyc.take_core = lambda: None  # it would hold pytest, and every server it starts, on one core
+
 ROOT = Path(kyc.__file__).parent
 PAYLOADS = ROOT.parent / "shared" / "persona" / "payloads"
 SECRET = "wbhsec_test"
+LONG = os.environ.get("LONG") == "1"  # the long variants: more rounds, more time
 
 
 @pytest.fixture
@@ -93,13 +99,13 @@ def unrecognized_id(body):
 class Server:
     """A real gunicorn on a free port, in a process group of its own."""
 
-    def __init__(self, environ, log, *options, cwd=ROOT, arguments=None):
+    def __init__(self, environ, log, *options, cwd=ROOT, arguments=None, module="app:app"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(log)
-        flags = [*procfile_flags(), "--bind", f"127.0.0.1:{self.port}", *options]
+        flags = [module, *procfile_flags()[1:], "--bind", f"127.0.0.1:{self.port}", *options]
         command = arguments or [sys.executable, "-m", "gunicorn", *flags]
         base = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
         with self.log.open("ab") as output:
@@ -154,7 +160,7 @@ def procfile_flags():
     """Return the arguments that the Procfile gives gunicorn."""
     line = (ROOT / "Procfile").read_text().strip()
     command, _, arguments = line.removeprefix("web:").strip().partition(" ")
-    assert command == "gunicorn"
+    assert (command, arguments.split()[0]) == ("gunicorn", "app:app")
     return arguments.split()
 
 
@@ -163,8 +169,9 @@ def serve(environ, tmp_path):
     """Start gunicorn as the Procfile does; every server is gone when the test ends."""
     servers = []
 
-    def serve(*options, wait=True, **variables):
-        server = Server({**environ, **variables}, tmp_path / "gunicorn.log", *options)
+    def serve(*options, wait=True, module="app:app", **variables):
+        log = tmp_path / "gunicorn.log"
+        server = Server({**environ, **variables}, log, *options, module=module)
         servers.append(server)
         return server.wait_until_up() if wait else server
 
@@ -193,3 +200,88 @@ def flask(environ):
         return process
 
     return flask
+
+
+class Load:
+    """Clients that post new events until the block ends, each event until it is accepted."""
+
+    def __init__(self, port, clients=8, prefix="load", *, keep=True, padding=0, timeout=10):
+        self.port, self.prefix, self.keep, self.timeout = port, prefix, keep, timeout
+        self.accepted = {}  # event ID -> the body that got a 200
+        self.answers = collections.Counter()  # status, or kind of failure -> how often
+        self.seconds = []  # of each answer
+        self.headers = {}  # status -> the headers of one such answer
+        self.stopping = threading.Event()
+        self.template = build(
+            event_id="evt_ID", inquiry_id="inq_ID", account_id="act_ID", reference_id="person-ID"
+        ).replace(b'"note": null', b'"note": "%s"' % (b"x" * padding))
+        self.threads = [threading.Thread(target=self.run, args=(n,)) for n in range(clients)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join()
+
+    def run(self, client):
+        connection = self.connect()
+        number = 0
+        while not self.stopping.is_set():
+            event_id = f"evt_{self.prefix}_{client}_{number}"
+            body = self.template.replace(b"_ID", event_id[3:].encode()).replace(
+                b"person-ID", b"person-" + event_id.encode()
+            )
+            if self.post(connection, event_id, body):
+                number += 1
+            else:
+                self.stopping.wait(0.05)
+        connection.close()
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.timeout)
+
+    def post(self, connection, event_id, body):
+        """Deliver one event; return whether it was accepted."""
+        headers = {**sign(body), "X-Request-Id": event_id}
+        if not self.keep:
+            headers["Connection"] = "close"
+        start = time.monotonic()
+        try:
+            connection.request("POST", "/webhooks/persona", body, headers)
+            answer = connection.getresponse()
+            answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            self.answers[type(error).__name__] += 1
+            return False
+        self.seconds.append(time.monotonic() - start)
+        self.answers[answer.status] += 1
+        self.headers[answer.status] = dict(answer.headers)
+        if answer.status == 200:
+            self.accepted[event_id] = body
+        return answer.status == 200
+
+
+def wait_until(condition, seconds=15):
+    """Return when `condition()` is true; fail when it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def assert_kept(database, accepted):
+    """Every accepted event is in the journal with its exact body, and is projected."""
+    query = """
+        SELECT e.event_id, CAST(e.body AS BLOB), k.status FROM events AS e
+        LEFT JOIN kyc_status AS k ON k.event_id = e.event_id
+    """
+    with contextlib.closing(sqlite3.connect(database, timeout=20)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        rows = {event_id: (body, status) for event_id, body, status in db.execute(query)}
+    assert [key for key in accepted if key not in rows] == []
+    assert [key for key, body in accepted.items() if rows[key] != (body, "approved")] == []

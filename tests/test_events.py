@@ -1,0 +1,163 @@
+"""Reading events: every shape, every inflection, and anything else without harm."""
+
+import json
+
+import pytest
+from conftest import PAYLOADS
+
+import app as kyc
+
+RECEIVED = "2026-01-02T03:04:05.678Z"
+
+
+def read(document):
+    """Read an event from a document or from raw bytes."""
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return kyc.read_event(body, RECEIVED)
+
+
+def wrap(thing, name="inquiry.approved", **attributes):
+    """Return an official event around `thing`."""
+    attributes = {"name": name, "payload": {"data": thing}, **attributes}
+    return {"data": {"type": "event", "id": "evt_1", "attributes": attributes}}
+
+
+@pytest.mark.parametrize("inflection", ["kebab", "camel", "snake"])
+def test_every_inflection_is_read(inflection):
+    ids = {"inquiry_id": "inq_1", "account_id": "act_1", "reference_id": "user-1"}
+    document = kyc.build_event("inquiry.approved", "evt_1", "2026-01-01T00:00:00.000Z", **ids)
+    event = read(kyc.inflect(document, inflection))
+    assert event[:8] == (
+        *("evt_1", "inquiry.approved", "2026-01-01T00:00:00.000Z"),
+        *("inquiry", "inq_1", "inq_1", "act_1", "user-1"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("inflection", "key"),
+    [("kebab", "reference-id"), ("camel", "referenceId"), ("snake", "reference_id")],
+)
+def test_inflection_changes_the_keys(inflection, key):
+    document = kyc.inflect(kyc.build_event("inquiry.approved", reference_id="u"), inflection)
+    assert document["data"]["attributes"]["payload"]["data"]["attributes"][key] == "u"
+
+
+def test_shape_with_the_event_id_in_data():
+    thing = {"type": "inquiry", "id": "inq_1", "attributes": {"referenceId": "user-1"}}
+    document = {
+        "type": "inquiry.approved",
+        "data": {"id": "evt_1", "attributes": {"payload": {"data": thing}}},
+    }
+    event = read(document)
+    assert (event.event_id, event.name, event.created_at) == ("evt_1", "inquiry.approved", RECEIVED)
+    assert (event.inquiry_id, event.reference_id) == ("inq_1", "user-1")
+
+
+@pytest.mark.parametrize(
+    ("created", "expected"),
+    [
+        (1_700_000_000, "2023-11-14T22:13:20.000Z"),
+        ("2023-11-14T23:13:20+01:00", "2023-11-14T22:13:20.000Z"),
+        ("yesterday", RECEIVED),
+    ],
+)
+def test_shape_with_everything_on_top(created, expected):
+    thing = {"type": "inquiry", "id": "inq_1"}
+    event = read({"id": "evt_1", "type": "inquiry.failed", "data": thing, "created": created})
+    assert (event.event_id, event.name, event.created_at) == ("evt_1", "inquiry.failed", expected)
+    assert event.inquiry_id == "inq_1"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("2024-03-15T18:35:00.100Z", "2024-03-15T18:35:00.100Z"),
+        ("2024-03-15T18:35:00Z", "2024-03-15T18:35:00.000Z"),
+        ("2024-03-15T18:35:00.123456+02:00", "2024-03-15T16:35:00.123Z"),
+        ("2024-03-15T18:35:00", "2024-03-15T18:35:00.000Z"),
+        *((odd, RECEIVED) for odd in ("", "x", None, True, [], {}, float("nan"), float("inf"))),
+        *((odd, RECEIVED) for odd in (10**30, -(10**30), "0000-01-01T00:00:00Z", "9" * 5000)),
+        ("0001-01-01T00:00:00+14:00", RECEIVED),
+        ("9999-12-31T23:59:59-14:00", RECEIVED),
+    ],
+)
+def test_created_at_is_normalised_or_the_receipt_stands_in(value, expected):
+    assert read(wrap({}, **{"created-at": value})).created_at == expected
+
+
+def test_links_through_relationships():
+    thing = {
+        "type": "verification/selfie",
+        "id": "ver_1",
+        "relationships": {
+            "inquiry": {"data": {"type": "inquiry", "id": "inq_1"}},
+            "account": {"data": None},
+        },
+    }
+    event = read(wrap(thing, "verification.passed"))
+    assert event[3:8] == ("verification/selfie", "ver_1", "inq_1", None, None)
+
+
+def test_first_of_several_related_objects():
+    several = {"data": [{"id": "inq_1"}, {"id": "inq_2"}]}
+    thing = {"type": "case", "id": "case_1", "relationships": {"inquiries": several}}
+    assert read(wrap(thing, "case.created")).inquiry_id == "inq_1"
+
+
+@pytest.mark.parametrize("thing", [None, [], {}, "x", 7, {"type": 1, "id": [], "attributes": 2}])
+def test_missing_or_odd_object_leaves_columns_empty(thing):
+    event = read(wrap(thing))
+    assert event[:2] == ("evt_1", "inquiry.approved")
+    assert event[3:8] == (None,) * 5
+
+
+@pytest.mark.parametrize("value", [None, "", 7, ["x"], {"a": 1}, "a\0b", "\ud800", True])
+def test_odd_reference_id_counts_as_absent(value):
+    thing = {"type": "inquiry", "id": "inq_1", "attributes": {"reference-id": value}}
+    assert read(wrap(thing)).reference_id is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b" ", b"abc", b"null", b"7", b"[]", b"{}", b'"x"', b"\xff\xfe\x00", b"\x00" * 9),
+        *(b'{"data": null}', b'{"data": []}', b'{"data": {"type": "event"}}', b"{" * 100_000),
+        *(b"[" * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"\xed\xa0\x80", b"NaN"),
+        json.dumps(wrap({}, name=None)).encode(),
+        json.dumps(wrap({}, name="\ud800")).encode(),
+        b'{"data": {"type": "event", "id": "evt_\\u0000", "attributes": {"name": "a.b"}}}',
+        b'{"data": {"type": "event", "id": ["evt_1"], "attributes": {"name": "a.b"}}}',
+    ],
+)
+def test_body_without_an_event_is_unrecognized(body):
+    event = kyc.read_event(body, RECEIVED)
+    assert event.name == "unrecognized"
+    assert event.event_id.startswith("sha256:")
+    assert event.created_at == RECEIVED
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_other_encodings_of_json_are_read(encoding):
+    assert read(json.dumps(wrap({})).encode(encoding)).event_id == "evt_1"
+
+
+@pytest.mark.parametrize("odd", [b"NaN", b"-Infinity", b"9" * 5000, b'"\\ud800"', b'"\x01\\u0000"'])
+def test_odd_values_elsewhere_do_not_hide_an_event(odd):
+    body = json.dumps(wrap({"type": "inquiry", "id": "inq_1", "x": "ODD"})).encode()
+    assert kyc.read_event(body.replace(b'"ODD"', odd), RECEIVED).inquiry_id == "inq_1"
+
+
+def test_last_of_duplicate_keys_wins():
+    body = b'{"data": 1, "data": {"type": "event", "id": "evt_1", "attributes": {"name": "a.b"}}}'
+    assert kyc.read_event(body, RECEIVED).name == "a.b"
+
+
+@pytest.mark.skipif(not PAYLOADS.is_dir(), reason="the official payloads are not at hand")
+def test_every_official_payload_is_read():
+    for path in PAYLOADS.glob("*.json"):
+        document = json.loads(path.read_text())["data"]
+        event = kyc.read_event(path.read_bytes(), RECEIVED)
+        thing = document["attributes"]["payload"]["data"]
+        assert (event.event_id, event.name) == (document["id"], document["attributes"]["name"])
+        assert (event.object_type, event.object_id) == (thing["type"], thing["id"])
+        assert event.created_at == document["attributes"]["created-at"]

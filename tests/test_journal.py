@@ -1,0 +1,223 @@
+"""The journal: append-only, exact, durable, and open again after every failure."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import stat
+import threading
+import time
+
+import pytest
+from conftest import PAYLOADS, build, sign
+
+import app as kyc
+
+
+def test_body_is_kept_to_the_byte(send, db):
+    bodies = [build(), b" " + build() + b"\n", b"\xff\xfe\x00", "\ufeff{}".encode(), b"a\0b"]
+    for body in bodies:
+        send(body)
+    for body, row in zip(bodies, db.execute("SELECT * FROM events"), strict=True):
+        kept = row["body"] if isinstance(row["body"], bytes) else row["body"].encode()
+        assert kept == body
+        assert row["body_sha256"] == hashlib.sha256(body).hexdigest()
+
+
+def test_columns_of_an_event(send, db):
+    ids = {"inquiry_id": "inq_1", "account_id": "act_1", "reference_id": "user-1"}
+    send("inquiry.approved", event_id="evt_1", created_at="2026-01-01T00:00:00.000Z", **ids)
+    row = dict(db.execute("SELECT * FROM events").fetchone())
+    for key in ("body", "body_sha256", "received_at"):
+        assert row.pop(key)
+    assert row == {
+        **{"event_id": "evt_1", "name": "inquiry.approved", **ids, "attempt": None},
+        **{"object_type": "inquiry", "object_id": "inq_1", "state": "processed"},
+        **{"created_at": "2026-01-01T00:00:00.000Z", "error": None, "redacted_at": None},
+    }
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM events",
+        "UPDATE events SET name = 'x'",
+        "UPDATE events SET event_id = 'x'",
+        "UPDATE events SET body = 'x'",
+        "UPDATE events SET body_sha256 = 'x'",
+        "UPDATE events SET rowid = 9",
+        "UPDATE events SET state = 'lost'",
+    ],
+)
+def test_journal_is_append_only(send, db, statement):
+    send("inquiry.approved")
+    with pytest.raises(sqlite3.IntegrityError):
+        db.execute(statement)
+
+
+def test_replace_does_not_overwrite_an_event(send, db):
+    send("inquiry.approved", event_id="evt_1")
+    columns = "event_id, name, created_at, received_at, body_sha256, state"
+    db.execute(f"REPLACE INTO events ({columns}) VALUES ('evt_1', 'x', '', '', '', 'failed')")  # noqa: S608
+    assert db.execute("SELECT name FROM events").fetchone()[0] == "inquiry.approved"
+
+
+def test_files_are_private(app, send, database):
+    send("inquiry.approved")
+    files = sorted(database.parent.iterdir())
+    names = [file.name for file in files]
+    assert names == ["kyc.db", "kyc.db-shm", "kyc.db-wal", "kyc.db.lock"]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+def test_journal_settings(app, send):
+    send("inquiry.approved")
+    db = app.extensions["journal"].open()
+    settings = ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "user_version")
+    values = [db.execute("PRAGMA " + name).fetchone()[0] for name in settings]
+    assert values == ["wal", 2, 1, 1, kyc.SCHEMA_VERSION]
+
+
+def test_schema_applied_twice_changes_nothing(app, send, db, environ):
+    send("inquiry.approved")
+    before = list(map(tuple, db.execute("SELECT * FROM sqlite_schema")))
+    kyc.create_app(environ)
+    db.executescript(kyc.SCHEMA.read_text())
+    assert list(map(tuple, db.execute("SELECT * FROM sqlite_schema"))) == before
+    assert db.execute("SELECT count(*) FROM events").fetchone()[0] == 1
+
+
+def test_concurrent_requests_are_each_stored_once(app, db):
+    bodies = [build() for _ in range(40)]
+    answers = []
+
+    def post(body):
+        client = app.test_client()
+        answers.append(client.post("/webhook", data=body, headers=sign(body)).status_code)
+
+    threads = [threading.Thread(target=post, args=(body,)) for body in bodies * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 120
+    assert db.execute("SELECT count(*) FROM events").fetchone()[0] == 40
+
+
+def test_poisonous_delivery_fails_alone(app, db):
+    class Poison(kyc.Delivery):
+        def row(self):
+            raise RuntimeError
+
+    events = [kyc.Event(f"evt_{n}", "a.b", kyc.utc_now()) for n in range(4)]
+    batch = [kyc.Delivery(event, b"{}", kyc.utc_now()) for event in events]
+    batch[2] = Poison(events[2], b"{}", kyc.utc_now())
+    app.extensions["journal"].settle(batch)
+    assert [delivery.outcome for delivery in batch] == ["stored", "stored", None, "stored"]
+    assert db.execute("SELECT count(*) FROM events").fetchone()[0] == 3
+
+
+def test_locked_database_is_a_503_in_time_and_recovers(app, send, db, monkeypatch):
+    monkeypatch.setattr(kyc, "BUSY_SECONDS", 0.2)
+    db.execute("BEGIN IMMEDIATE")
+    answer = send("inquiry.approved")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert answer.json == {"error": "The event could not be stored", "reason": "database is locked"}
+    db.execute("ROLLBACK")
+    assert send("inquiry.approved").status_code == 200
+
+
+def test_held_lock_file_is_a_503_in_time_and_recovers(app, send, database, monkeypatch):
+    monkeypatch.setattr(kyc, "ANSWER_SECONDS", 0.2)
+    with kyc.write_lock(database):
+        started = time.monotonic()
+        assert send("inquiry.approved", event_id="evt_1").status_code == 503
+        assert time.monotonic() - started < 2
+    monkeypatch.setattr(kyc, "ANSWER_SECONDS", 4)
+    assert send("inquiry.approved", event_id="evt_2").status_code == 200
+
+
+def test_line_is_bounded_while_the_database_is_stuck(app, send, database, monkeypatch):
+    monkeypatch.setattr(kyc, "ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr(kyc, "MAX_WAITING", 5)
+    with kyc.write_lock(database):
+        answers = [send("inquiry.approved") for _ in range(10)]
+        assert {answer.status_code for answer in answers} == {503}
+        assert app.extensions["journal"].line.qsize() <= 5
+
+
+def test_missing_database_is_a_503_until_it_is_back(app, send, client, database):
+    assert send("inquiry.approved").status_code == 200
+    away = database.with_name("away.db")
+    database.rename(away)
+    assert send("inquiry.approved").status_code == 503
+    health = client.get("/healthz")
+    assert (health.status_code, health.json["status"]) == (503, "unavailable")
+    assert str(database) not in health.text
+    assert not database.exists()
+    away.rename(database)
+    assert send("inquiry.approved").status_code == 200
+
+
+def test_forked_process_writes_with_a_connection_of_its_own(app, send, db):
+    send("inquiry.approved")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if send("inquiry.approved").status_code == 200 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert send("inquiry.approved").status_code == 200
+    assert db.execute("SELECT count(*) FROM events").fetchone()[0] == 3
+
+
+def test_wal_stays_bounded_beside_a_reader_that_comes_and_goes(app, database, monkeypatch):
+    monkeypatch.setattr(kyc, "CHECKPOINT_PAGES", 100)
+    monkeypatch.setattr(kyc, "WAL_PAGES", 300)
+    journal = app.extensions["journal"]
+    journal.wal_pages = 300
+    done = threading.Event()
+
+    def read():
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
+            while not done.is_set():
+                reader.execute("BEGIN")
+                reader.execute("SELECT count(*) FROM events").fetchone()
+                time.sleep(0.05)
+                reader.execute("COMMIT")
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for number in range(600):
+        event = kyc.Event(f"evt_{number}", "a.b", kyc.utc_now())
+        journal.append(kyc.Delivery(event, b"x" * 3000, kyc.utc_now()))
+    done.set()
+    thread.join()
+    assert database.with_name("kyc.db-wal").stat().st_size < 600 * 4120
+
+
+@pytest.mark.skipif(not PAYLOADS.is_dir(), reason="the official payloads are not at hand")
+def test_official_payloads_through_real_gunicorn(serve, database):
+    server = serve(WEB_CONCURRENCY="2")
+    bodies = {}
+    for number, path in enumerate(sorted(PAYLOADS.glob("*.json"))):
+        document = json.loads(path.read_text())
+        event_id = document["data"]["id"] = f"evt_{number:03}"
+        bodies[event_id] = json.dumps(document, indent=number % 3 or None).encode()
+    assert len(bodies) == 131
+    for body in bodies.values():
+        assert server.send(body) == (200, b'{"received": true}\n')
+    db = sqlite3.connect(database)
+    kept = dict(db.execute("SELECT event_id, body FROM events WHERE redacted_at IS NULL"))
+    redacted = {row[0] for row in db.execute("SELECT event_id FROM events WHERE body IS NULL")}
+    assert kept.keys() | redacted == bodies.keys()
+    assert all(body.encode() == bodies[event_id] for event_id, body in kept.items())
+    query = "SELECT body_sha256 FROM events ORDER BY event_id"
+    assert [row[0] for row in db.execute(query)] == [
+        hashlib.sha256(body).hexdigest() for _, body in sorted(bodies.items())
+    ]
+    # Expired at 2024-03-16 comes after the decision of 2024-03-15: the newest event wins.
+    query = "SELECT reference_id, status, event_at FROM kyc_status WHERE inquiry_id = ?"
+    rows = db.execute(query, ("inq_kT4xVnR2bPmYwL9sTgD3cExZ",)).fetchall()
+    assert rows == [("act_fJ8mQpDLrYvNcBzWk5HsAxRy", "expired", "2024-03-16T18:30:00.100Z")]
+    assert db.execute("SELECT count(*) FROM inquiries").fetchone()[0] == 1
+    db.close()
