@@ -26,6 +26,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import string
@@ -628,8 +629,6 @@ class Journal:
 
     def write_forever(self) -> None:
         """Commit what is in line, again and again."""
-        with self.turn():
-            take_core()
         company = False
         while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
@@ -717,6 +716,7 @@ class Journal:
             self.close()
             self.discard_wal()
         if self.db is None:
+            take_core()
             self.db = connect(self.path)
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
             self.files = {path: identify_file(path) for path in (self.path, *wal_paths(self.path))}
@@ -1206,13 +1206,17 @@ def receive() -> Response:
 
 def read_body() -> bytes:
     """Return the raw body; end the request when it is too large or broken off."""
-    if connection := request.environ.get("gunicorn.socket"):
+    connection = request.environ.get("gunicorn.socket")
+    if connection:
         connection.settimeout(ANSWER_SECONDS)  # a client that stalls must not hold a thread
     try:
         body = request.get_data(cache=False)
     except HTTPException:
         raise
     except Exception:  # what the server raises for a malformed or broken body is its own
+        if connection:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)  # gunicorn would wait for the rest
         raise BadRequest("the body could not be read") from None
     if len(body) > current_app.config["KYC"].max_body_bytes:
         raise RequestEntityTooLarge
