@@ -1211,13 +1211,13 @@ def read_body() -> bytes:
         connection.settimeout(ANSWER_SECONDS)  # a client that stalls must not hold a thread
     try:
         body = request.get_data(cache=False)
-    except HTTPException:
+    except RequestEntityTooLarge:
         raise
-    except Exception:  # what the server raises for a malformed or broken body is its own
+    except Exception:  # werkzeug's or the server's own, for a malformed or broken body
         if connection:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)  # gunicorn would wait for the rest
-        raise BadRequest("the body could not be read") from None
+        raise BadRequest from None
     if len(body) > current_app.config["KYC"].max_body_bytes:
         raise RequestEntityTooLarge
     return body
