@@ -129,6 +129,10 @@ class DatabaseError(Exception):
     """The database cannot be used; the message says why."""
 
 
+class TransactionLostError(Exception):
+    """A handler undid the whole transaction or keeps it open, its neighbours' events included."""
+
+
 class DatabaseBusyError(DatabaseError):
     """The database cannot be used for now."""
 
@@ -224,7 +228,12 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
-        db.execute("END")  # not COMMIT: see protect_transaction
+        try:
+            db.execute("END")  # not COMMIT: see protect_transaction
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:  # whoever has the write lock
+                raise TransactionLostError("a handler left a statement open") from None
+            raise
     except BaseException:
         if db.in_transaction:  # SQLite has rolled back by itself when the disk is full
             db.execute("ROLLBACK")
@@ -1135,10 +1144,6 @@ SET_STATE = """
         ELSE substr(?2, 1, instr(?2 || ':', ':') - 1) END  -- the kind, not the message
     WHERE event_id = ?3
 """
-
-
-class TransactionLostError(Exception):
-    """A handler rolled back the whole transaction, its neighbours' events included."""
 
 
 def run_handlers(db: sqlite3.Connection, event: Event) -> str | None:

@@ -85,6 +85,17 @@ def test_created_at_is_normalised_or_the_receipt_stands_in(value, expected):
     assert read(wrap({}, **{"created-at": value})).created_at == expected
 
 
+def test_age_of_the_object_is_not_the_time_of_the_event():
+    thing = {"type": "inquiry", "id": "inq_1", "attributes": {"created-at": "2020-01-01T00:00:00Z"}}
+    event = read({"id": "evt_1", "type": "inquiry.approved", "data": thing, "created": 1700000000})
+    assert event.created_at == "2023-11-14T22:13:20.000Z"
+
+
+def test_object_id_never_stands_in_for_an_event_id():
+    thing = {"type": "inquiry", "id": "inq_1", "attributes": {}}
+    assert read({"type": "inquiry.approved", "data": thing}).name == "unrecognized"
+
+
 def test_links_through_relationships():
     thing = {
         "type": "verification/selfie",

@@ -109,6 +109,7 @@ def test_failing_handler_fails_its_event_alone(app, db, handlers):
         lambda db: db.execute("COMMIT"),
         lambda db: db.execute("END"),
         lambda db: db.executescript("SELECT 1"),
+        lambda db: db.execute("RELEASE handlers"),
     ],
 )
 def test_handler_cannot_end_the_transaction(send, db, handlers, meddle):
@@ -119,6 +120,58 @@ def test_handler_cannot_end_the_transaction(send, db, handlers, meddle):
     assert send("inquiry.approved").status_code == 500
     assert db.execute("SELECT state FROM events").fetchone()[0] == "failed"
     assert send("inquiry.declined").status_code == 200
+
+
+@pytest.mark.parametrize("text", ["\ud800", "x" * 5_000_000])
+def test_odd_error_text_is_kept_as_far_as_it_can_be(send, db, notes, text):
+    notes["error"] = ValueError(text)
+    assert send("inquiry.approved").status_code == 500
+    state, error, _ = row(db)
+    assert (state, error[:11]) == ("failed", "ValueError:")
+    assert len(error) <= 1000
+
+
+def test_error_of_a_redacted_event_is_only_its_kind(send, db, notes):
+    notes["error"] = ValueError("marker")
+    ids = {"inquiry_id": "inq_1", "created_at": "2026-01-01T00:00:00.000Z"}
+    body = build("inquiry.approved", event_id="evt_1", **ids)
+    send(body)
+    send("inquiry.redacted", inquiry_id="inq_1")
+    send(body)
+    query = "SELECT state, error FROM events WHERE event_id = 'evt_1'"
+    assert tuple(db.execute(query).fetchone()) == ("failed", "ValueError")
+
+
+def test_handler_cannot_change_how_rows_are_read(send, db, handlers):
+    runs = []
+
+    @kyc.on("inquiry.approved")
+    def meddle(db, event):
+        db.text_factory, db.row_factory = bytes, None
+        runs.append(event.event_id)
+
+    body = build("inquiry.approved")
+    assert send(body).json == {"received": True}
+    assert send(body).json == {"received": True, "duplicate": True}
+    assert len(runs) == 1
+
+
+def test_open_cursor_of_a_handler_fails_its_event_alone(app, db, handlers):
+    db.execute("CREATE TABLE notes (event_id TEXT)")
+    cursors = []
+
+    @kyc.on("inquiry.approved")
+    def keep(db, event):
+        cursors.append(db.execute("INSERT INTO notes VALUES (1), (2) RETURNING event_id"))
+        cursors[-1].fetchone()
+
+    names = ["inquiry.created", "inquiry.approved", "inquiry.declined"]
+    events = [kyc.Event(f"evt_{name}", name, kyc.utc_now()) for name in names]
+    batch = [kyc.Delivery(event, b"{}", kyc.utc_now()) for event in events]
+    app.extensions["journal"].settle(batch)
+    cursors.clear()
+    assert [delivery.outcome for delivery in batch] == ["stored", "failed", "stored"]
+    assert db.execute("SELECT count(*) FROM notes").fetchone()[0] == 0
 
 
 def test_personal_data_in_an_error_stays_out_of_log_and_answer(send, db, notes, caplog):

@@ -8,6 +8,7 @@ import sqlite3
 import stat
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import PAYLOADS, build, sign
@@ -136,6 +137,30 @@ def test_held_lock_file_is_a_503_in_time_and_recovers(app, send, database, monke
         assert time.monotonic() - started < 2
     monkeypatch.setattr(kyc, "ANSWER_SECONDS", 4)
     assert send("inquiry.approved", event_id="evt_2").status_code == 200
+
+
+def test_stop_finishes_what_is_in_line(app, db, database):
+    journal = app.extensions["journal"]
+    events = [kyc.Event(f"evt_{n}", "a.b", kyc.utc_now()) for n in range(5)]
+    with kyc.write_lock(database):
+        for event in events:
+            journal.line.put(kyc.Delivery(event, b"{}", kyc.utc_now()))
+        journal.start()
+    journal.stop()
+    assert db.execute("SELECT count(*) FROM events").fetchone()[0] == 5
+
+
+def test_worker_takes_the_core_with_the_fewest_siblings(serve):
+    server = serve(WEB_CONCURRENCY="2")
+    cores = os.sched_getaffinity(0)
+    with contextlib.suppress(TimeoutError):
+        for _ in range(60):
+            server.send(build())
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    masks = [os.sched_getaffinity(int(pid)) for pid in children.read_text().split()]
+    taken = [mask for mask in masks if len(mask) == 1]
+    assert taken
+    assert len(set().union(*taken)) == min(len(taken), len(cores))
 
 
 def test_line_is_bounded_while_the_database_is_stuck(app, send, database, monkeypatch):

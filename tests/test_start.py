@@ -1,5 +1,7 @@
 """Start-up: a wrong setting stops the service with one line that names it."""
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
 
@@ -85,6 +87,13 @@ def test_secrets_are_read_from_a_file(tmp_path):
     assert config.secrets == (b"wbhsec_old", b"wbhsec_new")
 
 
+@pytest.mark.parametrize("content", [b"abc\v", b"\xef\xbb\xbfabc\n", b" ,\f abc, "])
+def test_odd_white_space_makes_no_empty_secret(tmp_path, content):
+    file = tmp_path / "secret"
+    file.write_bytes(content)
+    assert kyc.read_config({"PERSONA_WEBHOOK_SECRET_FILE": str(file)}).secrets == (b"abc",)
+
+
 def test_two_sources_of_secrets_are_refused(tmp_path):
     environ = {"PERSONA_WEBHOOK_SECRET": SECRET, "PERSONA_WEBHOOK_SECRET_FILE": "x"}
     with pytest.raises(kyc.ConfigError, match="both set"):
@@ -111,6 +120,13 @@ def test_unusable_database_is_refused(tmp_path, action, words):
     folder = tmp_path / "folder"
     folder.mkdir()
     assert prepare(folder / "kyc.db", action) == words
+
+
+def test_database_of_another_application_is_refused(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "kyc.db")) as db:
+        db.execute("PRAGMA user_version = 1")
+    with pytest.raises(kyc.DatabaseError, match="no such table"):
+        kyc.prepare_database(tmp_path / "kyc.db")
 
 
 def test_database_of_a_newer_release_is_refused(app, db, database):
