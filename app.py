@@ -228,15 +228,20 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
-        try:
-            db.execute("END")  # not COMMIT: see protect_transaction
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:  # whoever has the write lock
-                raise TransactionLostError("a handler left a statement open") from None
-            raise
+        conclude(db, "END")  # not COMMIT: see protect_transaction
     except BaseException:
         if db.in_transaction:  # SQLite has rolled back by itself when the disk is full
             db.execute("ROLLBACK")
+        raise
+
+
+def conclude(db: sqlite3.Connection, statement: str) -> None:
+    """End a transaction or savepoint; nobody else can be in the way of who holds the lock."""
+    try:
+        db.execute(statement)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise TransactionLostError("a handler left a statement open") from None
         raise
 
 
@@ -1165,7 +1170,7 @@ def run_handlers(db: sqlite3.Connection, event: Event) -> str | None:
         raise TransactionLostError(error or "a handler ended the transaction")
     if error:
         db.execute("ROLLBACK TO handlers")
-    db.execute("RELEASE handlers")
+    conclude(db, "RELEASE handlers")
     return error
 
 
