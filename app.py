@@ -1280,7 +1280,9 @@ def postpone(error: JournalError) -> Response:
 
 @routes.app_errorhandler(HTTPException)
 def explain(error: HTTPException) -> Response:
-    """Answer a wrong path, method or body in JSON."""
+    """Answer a wrong path, method or body in JSON; log what was posted in vain."""
+    if request.method == "POST":
+        log.warning("outcome=rejected stale=false reason=%s", quote(error.name))
     response = error.get_response()
     response.data = json.dumps({"error": error.name}) + "\n"
     response.mimetype = "application/json"
@@ -2211,7 +2213,8 @@ def serve_locally() -> None:
     if not {"PERSONA_WEBHOOK_SECRET", "PERSONA_WEBHOOK_SECRET_FILE"} & os.environ.keys():
         os.environ["PERSONA_WEBHOOK_SECRET"] = DEVELOPMENT_SECRET
     gunicorn = [sys.executable, "-m", "gunicorn", "app:app", "--worker-class", "gthread"]
-    options = ["--threads", "32", "--workers", str(workers), "--bind", f"127.0.0.1:{port}"]
+    gunicorn += ["--threads", "32", "--no-control-socket"]
+    options = ["--workers", str(workers), "--bind", f"127.0.0.1:{port}"]
     os.execv(sys.executable, [*gunicorn, *options, "--pythonpath", str(Path(__file__).parent)])
 
 
