@@ -821,10 +821,13 @@ def read_journal(db: sqlite3.Connection, after: int, until: int = LAST) -> list[
 
 
 def log_deliveries(batch: list[Delivery]) -> None:
-    """Write a line for each delivery, all at once."""
-    lines = [describe(delivery) for delivery in batch if delivery.event]
-    if lines:
-        log.info("\n".join(lines))
+    """Write a line for each delivery, all of a level at once."""
+    lines: dict[int, list[str]] = {}
+    for delivery in filter(lambda delivery: delivery.event, batch):
+        fine = delivery.outcome in (STORED, DUPLICATE)
+        lines.setdefault(logging.INFO if fine else logging.WARNING, []).append(describe(delivery))
+    for level, some in lines.items():
+        log.log(level, "\n".join(some))
 
 
 def describe(delivery: Delivery) -> str:
