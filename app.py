@@ -694,7 +694,7 @@ class Journal:
                 for delivery in batch:
                     self.settle([delivery])
             elif batch[0].event and batch[0].event.name in HANDLERS and not batch[0].fault:
-                batch[0].fault = f"{type(error).__name__}: {error}"
+                batch[0].fault = explain_error(error)
                 self.settle(batch)
 
     def commit(self, batch: list[Delivery]) -> None:
