@@ -210,7 +210,7 @@ def prepare_database(path: Path) -> None:
 
 def is_gone(path: Path) -> bool:
     """Tell whether a database was taken away from its WAL."""
-    return not path.exists() and path.with_name(path.name + "-wal").exists()
+    return not path.exists() and wal_paths(path)[0].exists()
 
 
 def is_prepared(path: Path) -> bool:
@@ -248,6 +248,11 @@ def conclude(db: sqlite3.Connection, statement: str) -> None:
 def lock_path(path: Path) -> Path:
     """Return the file whose lock queues the writers of the database at `path`."""
     return path.with_name(path.name + ".lock")
+
+
+def wal_paths(path: Path) -> list[Path]:
+    """Return the paths of a database's WAL and WAL index."""
+    return [path.with_name(path.name + suffix) for suffix in ("-wal", "-shm")]
 
 
 @contextlib.contextmanager
@@ -803,11 +808,6 @@ def identify_file(path: Path) -> tuple[int, int]:
     """Return what tells a file from another at the same path: device and inode."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def wal_paths(path: Path) -> list[Path]:
-    """Return the paths of a database's WAL and WAL index."""
-    return [path.with_name(path.name + suffix) for suffix in ("-wal", "-shm")]
 
 
 def read_journal(db: sqlite3.Connection, after: int, until: int = LAST) -> list[Event]:
@@ -2157,7 +2157,7 @@ def check_configuration() -> Iterator[Finding]:
 def check_files() -> Iterator[Finding]:
     """Look at permissions and free space."""
     path = current_app.config["KYC"].database
-    for file in (path, path.with_name(path.name + "-wal"), lock_path(path)):
+    for file in (path, wal_paths(path)[0], lock_path(path)):
         if file.exists():
             mode = stat.S_IMODE(file.stat().st_mode)
             good = not mode & 0o077 and os.access(file, os.R_OK | os.W_OK)
