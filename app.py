@@ -30,6 +30,7 @@ import socket
 import sqlite3
 import stat
 import string
+import struct
 import sys
 import threading
 import time
@@ -513,7 +514,6 @@ STORED, DUPLICATE, FAILED = "stored", "duplicate", "failed"  # and UNRECOGNIZED
 
 ANSWER_SECONDS = 4.0  # Persona waits five
 LEAST_SECONDS = 0.2  # to wait while commits fail, for senders queue outside as well
-GATHER_SECONDS = 0.001  # for a commit's company, when the last one had some
 LAST = 2**63 - 1  # no position is greater
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 CHECKPOINT_PAGES = 8_000  # written by a process between its checkpoints: 32 MB
@@ -604,8 +604,9 @@ class Journal:
         """Start from nothing, as a process does that has just been forked."""
         self.line: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
-        self.lock: int | None = None
+        self.checkpointer: threading.Thread | None = None
         self.db: sqlite3.Connection | None = None
+        self.copier: sqlite3.Connection | None = None
         self.files: dict[Path, tuple[int, int]] = {}  # the database, its WAL and WAL index
         self.stuck: float | None = None  # since when no commit has succeeded, though one was due
         self.unchecked = 0  # pages, about, since the last checkpoint
@@ -640,46 +641,45 @@ class Journal:
                 self.thread.start()
 
     def stop(self) -> None:
-        """Finish what is in line, end the thread, and close the database."""
+        """Finish what is in line, end the threads, and close the database."""
         self.stopping = True
-        if self.thread:
-            self.line.put(Delivery())
-            self.thread.join(ANSWER_SECONDS)
+        self.line.put(Delivery())
+        for thread in filter(None, (self.thread, self.checkpointer)):
+            thread.join(ANSWER_SECONDS)
 
     def write_forever(self) -> None:
         """Commit what is in line, again and again."""
-        company = False
         while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
             with contextlib.suppress(queue.Empty):
                 batch.append(self.line.get(timeout=1.0 if self.scrub else None))
-            if company:  # under load a short wait is repaid: fewer commits, each for more
-                time.sleep(GATHER_SECONDS)
             self.stuck = self.stuck or time.monotonic()
             with self.turn():
                 with contextlib.suppress(queue.Empty):
                     while len(batch) < MAX_WAITING:
                         batch.append(self.line.get_nowait())
                 self.settle(batch)
-                for delivery in batch:
-                    delivery.done.release()
-                self.checkpoint(batch)
-            company = len(batch) > 1
+            for delivery in batch:
+                delivery.done.release()
             log_deliveries(batch)
+            self.unchecked += sum(10 + len(delivery.body) // 4096 for delivery in batch)
+            if self.unchecked >= CHECKPOINT_PAGES or self.scrub:
+                self.start_checkpoint()
         self.close()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the lock file for the block; without one, SQLite's locks have to do."""
+        lock = None
         with contextlib.suppress(OSError):
-            if self.lock is None:
-                self.lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
+            lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            if self.lock is not None:
-                fcntl.flock(self.lock, fcntl.LOCK_UN)
+            if lock is not None:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not, if the process has forked
+                os.close(lock)
 
     def settle(self, batch: list[Delivery]) -> None:
         """Commit `batch`; if an event is to blame for a failure, each event by itself.
@@ -736,8 +736,9 @@ class Journal:
             self.discard_wal()
         if self.db is None:
             take_core()
-            self.db = connect(self.path)
+            self.db, self.copier = connect(self.path), connect(self.path)
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
+            self.copier.execute("PRAGMA busy_timeout = 0")
             self.files = {path: identify_file(path) for path in (self.path, *wal_paths(self.path))}
         return self.db
 
@@ -752,34 +753,42 @@ class Journal:
                     path.unlink()
 
     def close(self) -> None:
-        """Drop the connection, whatever state it is in."""
+        """Drop the connections, whatever state they are in."""
         if self.db:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()
-        self.db = None
+        self.db = self.copier = None  # a checkpoint that still uses the latter closes it
 
-    def checkpoint(self, batch: list[Delivery]) -> None:
-        """Now and then copy the WAL into the database file, after the answers have left."""
-        self.unchecked += sum(10 + len(delivery.body) // 4096 for delivery in batch)
-        if self.db is None or (self.unchecked < CHECKPOINT_PAGES and not self.scrub):
-            return
-        self.unchecked = 0
-        try:
-            self.db.execute("PRAGMA busy_timeout = 0")
-            if self.scrub:
-                self.scrub = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] != 0
-            else:
-                pages = self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
-                if pages > self.wal_pages:
-                    self.restart_wal(pages)
-            self.db.execute("PRAGMA busy_timeout = 3000")
-        except sqlite3.Error:
-            self.close()  # the answers have left; the next commit finds out what is wrong
+    def start_checkpoint(self) -> None:
+        """Have the WAL copied into the database file, unless that goes on already."""
+        if self.copier and not (self.checkpointer and self.checkpointer.is_alive()):
+            self.unchecked = 0
+            self.checkpointer = threading.Thread(
+                target=self.checkpoint, args=[self.copier], daemon=True
+            )
+            self.checkpointer.start()
 
-    def restart_wal(self, pages: int) -> None:
+    def checkpoint(self, db: sqlite3.Connection) -> None:
+        """Copy the WAL into the database file, most of it beside the commits.
+
+        The rest is copied in a turn, when no commit adds to it, so that the next one can
+        start the WAL anew. What fails here is tried again; the commits find out why.
+        """
+        with contextlib.suppress(sqlite3.Error):
+            copied = 0
+            while (pages := db.execute("PRAGMA wal_checkpoint").fetchone()[1]) > copied + 500:
+                copied = pages
+            with self.turn():
+                if self.scrub:
+                    blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                    self.scrub = bool(blocked)
+                elif db.execute("PRAGMA wal_checkpoint").fetchone()[1] > self.wal_pages:
+                    self.restart_wal(db, pages)
+
+    def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Wait a second for readers to let go of the WAL; if they do not, let it double."""
         deadline = time.monotonic() + 1.0
-        while self.db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
+        while db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
             if time.monotonic() > deadline:
                 self.wal_pages = 2 * pages
                 return
@@ -793,6 +802,7 @@ def take_core() -> None:
     Its threads share one interpreter lock. On one core they hand it on at once; across
     cores each hand-over wakes another core, which costs more than that core could do.
     """
+    sys.setswitchinterval(0.1)  # they let go of it at each call into the kernel or SQLite anyway
     if not hasattr(os, "sched_setaffinity"):
         return
     parent = os.getppid()
@@ -1217,11 +1227,16 @@ def receive() -> Response:
     return answer(*ANSWERS[outcome])
 
 
+STALL_TIMEVAL = struct.pack("@ll", int(ANSWER_SECONDS), 0)
+
+
 def read_body() -> bytes:
     """Return the raw body; end the request when it is too large or broken off."""
     connection = request.environ.get("gunicorn.socket")
     if connection:
-        connection.settimeout(ANSWER_SECONDS)  # a client that stalls must not hold a thread
+        # A client that stalls must not hold a thread. Not settimeout: that polls at each call.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, STALL_TIMEVAL)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, STALL_TIMEVAL)
     try:
         body = request.get_data(cache=False)
     except RequestEntityTooLarge:
@@ -2216,7 +2231,7 @@ def serve_locally() -> None:
     if not {"PERSONA_WEBHOOK_SECRET", "PERSONA_WEBHOOK_SECRET_FILE"} & os.environ.keys():
         os.environ["PERSONA_WEBHOOK_SECRET"] = DEVELOPMENT_SECRET
     gunicorn = [sys.executable, "-m", "gunicorn", "app:app", "--worker-class", "gthread"]
-    gunicorn += ["--threads", "32", "--no-control-socket"]
+    gunicorn += ["--threads", "32", "--keep-alive", "0", "--no-control-socket"]
     options = ["--workers", str(workers), "--bind", f"127.0.0.1:{port}"]
     os.execv(sys.executable, [*gunicorn, *options, "--pythonpath", str(Path(__file__).parent)])
 

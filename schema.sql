@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS events (
 ) STRICT;
 
 CREATE INDEX IF NOT EXISTS events_by_inquiry
-    ON events (inquiry_id, created_at, event_id) WHERE inquiry_id IS NOT NULL;
+    ON events (inquiry_id) WHERE inquiry_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS events_by_account
     ON events (account_id) WHERE account_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS events_by_reference

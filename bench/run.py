@@ -55,6 +55,7 @@ class Case:
     connections: int
     slow: bool = False  # every fsync takes 4 ms more
     stored: bool = False  # the journal is filled beforehand
+    kept: bool = False  # connections are kept alive, against the Procfile's flags
 
 
 @dataclass
@@ -75,6 +76,7 @@ CASES = [
     Case(SERVICE, 16),
     Case(SERVICE, 16, stored=True),
     Case(TEXTBOOK, 16),
+    *(Case(name, 16, kept=True) for name in (BARE, SERVICE)),
     *(Case(name, count) for count in (1, 64) for name in (BARE, SERVICE, TEXTBOOK)),
     *(Case(name, count, slow=True) for count in (16, 64) for name in (SERVICE, TEXTBOOK)),
 ]
@@ -143,7 +145,7 @@ def measure(bench: Bench, case: Case) -> Run:
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=bench.folder))
             database = Path(folder) / "kyc.db"
         before = count_rows(database) if case.stored else 0
-        with Server(case.name, database, bench.shim if case.slow else None) as server:
+        with Server(case.name, database, bench.shim if case.slow else None, case.kept) as server:
             warm_up = load(bench, server, case.connections, WARM_UP_SECONDS, skip=0)
             server.settle()
             used = server.cpu_seconds()
@@ -210,7 +212,7 @@ def measure_memory(bench: Bench) -> None:
 class Server:
     """A gunicorn with the Procfile's flags, in a process group of its own."""
 
-    def __init__(self, name: str, database: Path, preload: Path | None = None):
+    def __init__(self, name: str, database: Path, preload: Path | None = None, kept: bool = False):
         self.log = database.with_name("gunicorn.log")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -225,7 +227,8 @@ class Server:
         }
         flags = [flag.replace("app:app", f"{MODULES[name]}:app") for flag in procfile_flags()]
         bind = ["--bind", f"127.0.0.1:{self.port}", "--pythonpath", f"{ROOT},{BENCH}"]
-        self.command = [sys.executable, "-m", "gunicorn", *flags, *bind]
+        keep = ["--keep-alive", "2"] if kept else []
+        self.command = [sys.executable, "-m", "gunicorn", *flags, *keep, *bind]
         if name == TEXTBOOK:
             textbook = [sys.executable, str(BENCH / "textbook.py")]
             subprocess.run(textbook, env=self.environ, check=True, timeout=60)
@@ -281,11 +284,13 @@ class Server:
             connection.close()
 
     def find_workers(self) -> list[int]:
-        """Return the process IDs of the workers."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if len(children) != WORKERS:
-            fail(f"gunicorn has {len(children)} workers, not {WORKERS}")
+        """Return the process IDs of the workers, when all have been started."""
+        pid, deadline = self.process.pid, time.monotonic() + 10
+        children: list[str] = []
+        while len(children) != WORKERS:
+            if time.monotonic() > deadline:
+                fail(f"gunicorn has {len(children)} workers, not {WORKERS}")
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [int(child) for child in children]
 
     def settle(self) -> None:
@@ -576,17 +581,19 @@ RUN_HEADS = (
 )
 
 
-def order(case: Case) -> tuple[bool, int]:
+def order(case: Case) -> tuple[bool, int, bool]:
     """Return where a case stands in the table."""
-    return case.slow, case.connections
+    return case.slow, case.connections, case.kept
 
 
 def run_row(bench: Bench, case: Case) -> tuple[str, ...]:
     """Return the row of one case."""
-    run, bare = bench.median(case), Case(BARE, case.connections)
+    run, bare = bench.median(case), Case(BARE, case.connections, kept=case.kept)
     refused = sum(run.refused for run in bench.runs[case])
     return (
-        case.name + (f", {bench.stored:,} stored" if case.stored else ""),
+        case.name
+        + (f", {bench.stored:,} stored" if case.stored else "")
+        + (", connections kept" if case.kept else ""),
         *(str(case.connections), DISKS[case.slow], f"{run.rate:,.0f}"),
         f"{bench.ratio('rate', case, bare):.2f}",
         *(f"{run.p50:.1f}", f"{run.p99:.1f}", f"{run.cpu:.0f}", f"{run.memory:.1f}"),
@@ -658,7 +665,9 @@ def verdict(reached: bool) -> str:
 def describe_case(case: Case) -> str:
     """Return a case in words."""
     words = [case.name, f"{case.connections} connections", f"{DISKS[case.slow]} disk"]
-    return ", ".join(words + (["filled journal"] if case.stored else []))
+    words += ["filled journal"] if case.stored else []
+    words += ["connections kept"] if case.kept else []
+    return ", ".join(words)
 
 
 def describe_run(run: Run) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import sqlite3
 import stat
 import threading
@@ -218,6 +219,40 @@ def test_wal_stays_bounded_beside_a_reader_that_comes_and_goes(app, database, mo
     done.set()
     thread.join()
     assert database.with_name("kyc.db-wal").stat().st_size < 600 * 4120
+
+
+def test_no_delivery_waits_for_a_checkpoint(app, send, monkeypatch):
+    begun, end = threading.Event(), threading.Event()
+
+    def checkpoint(db):
+        begun.set()
+        assert end.wait(10)
+
+    monkeypatch.setattr(kyc, "CHECKPOINT_PAGES", 1)
+    monkeypatch.setattr(app.extensions["journal"], "checkpoint", checkpoint)
+    send("inquiry.approved")
+    assert begun.wait(10)
+    for _ in range(20):
+        assert send("inquiry.approved").status_code == 200
+    end.set()
+
+
+def test_checkpoint_copies_the_wal_so_that_it_starts_anew(app, send, database, monkeypatch):
+    journal = app.extensions["journal"]
+    monkeypatch.setattr(kyc, "CHECKPOINT_PAGES", 100)
+    for _ in range(100):
+        send("inquiry.approved")
+    journal.checkpointer.join(10)
+    assert database.stat().st_size > 100 * 1000
+    assert database.with_name("kyc.db-wal").stat().st_size < 50 * 10 * 4120
+
+
+def test_connection_carries_one_request(serve, database):
+    server = serve()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert b"\r\nConnection: close\r\n" in answer
 
 
 @pytest.mark.skipif(not PAYLOADS.is_dir(), reason="the official payloads are not at hand")
