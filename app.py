@@ -400,22 +400,23 @@ def read_event(body: bytes, received_at: str) -> Event:
     document = parse_json(body)
     data = field(document, "data")
     attributes = field(data, "attributes")
+    payload = field(attributes, "payload")
     if field(data, "type") == "event":
-        event_id, name, payload = field(data, "id"), field(attributes, "name"), None
+        event_id, name = field(data, "id"), field(attributes, "name")
     else:  # the older shapes of third-party guides
-        event_id, name, payload = field(document, "id"), field(document, "type"), data
-        if not text(event_id) and field(attributes, "payload"):
+        event_id, name = field(document, "id"), field(document, "type")
+        if not payload:
+            payload, attributes = data, None  # the object itself, whose age is not the event's
+        elif not text(event_id):
             event_id = field(data, "id")
-    payload = field(attributes, "payload") or payload
     if not text(event_id) or not text(name):
         return Event("sha256:" + hashlib.sha256(body).hexdigest(), UNRECOGNIZED, received_at)
-    official = field(data, "type") == "event" or field(attributes, "payload")
-    times = (
-        field(attributes, "created-at") if official else None,
-        field(document, "created-at"),
-        field(document, "created"),
+    created_at = (
+        read_time(field(attributes, "created-at"))
+        or read_time(field(document, "created-at"))
+        or read_time(field(document, "created"))
+        or received_at
     )
-    created_at = next(filter(None, map(read_time, times)), received_at)
     inner = field(payload, "data")
     links = read_object(inner if isinstance(inner, dict) else payload)
     return Event(event_id, name, created_at, *links, payload)
@@ -643,9 +644,9 @@ class Journal:
     def stop(self) -> None:
         """Finish what is in line, end the threads, and close the database."""
         self.stopping = True
-        self.line.put(Delivery())
-        for thread in filter(None, (self.thread, self.checkpointer)):
-            thread.join(ANSWER_SECONDS)
+        if self.thread:
+            self.line.put(Delivery())
+            self.thread.join(ANSWER_SECONDS)
 
     def write_forever(self) -> None:
         """Commit what is in line, again and again."""
@@ -665,6 +666,8 @@ class Journal:
             self.unchecked += sum(10 + len(delivery.body) // 4096 for delivery in batch)
             if self.unchecked >= CHECKPOINT_PAGES or self.scrub:
                 self.start_checkpoint()
+        if self.checkpointer:
+            self.checkpointer.join()
         self.close()
 
     @contextlib.contextmanager
@@ -763,10 +766,9 @@ class Journal:
         """Have the WAL copied into the database file, unless that goes on already."""
         if self.copier and not (self.checkpointer and self.checkpointer.is_alive()):
             self.unchecked = 0
-            self.checkpointer = threading.Thread(
-                target=self.checkpoint, args=[self.copier], daemon=True
-            )
-            self.checkpointer.start()
+            thread = threading.Thread(target=self.checkpoint, args=[self.copier], daemon=True)
+            thread.start()
+            self.checkpointer = thread
 
     def checkpoint(self, db: sqlite3.Connection) -> None:
         """Copy the WAL into the database file, most of it beside the commits.
@@ -800,9 +802,9 @@ def take_core() -> None:
     """Keep this process on one core, the one with the fewest of its siblings.
 
     Its threads share one interpreter lock. On one core they hand it on at once; across
-    cores each hand-over wakes another core, which costs more than that core could do.
+    cores each hand-over wakes another core, which costs more than that core could do. As
+    batch jobs they do not interrupt one another when they wake.
     """
-    sys.setswitchinterval(0.1)  # they let go of it at each call into the kernel or SQLite anyway
     if not hasattr(os, "sched_setaffinity"):
         return
     parent = os.getppid()
@@ -812,6 +814,7 @@ def take_core() -> None:
         core = min(os.sched_getaffinity(0), key=lambda core: taken.count({core}))
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), {core})
+            os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
 
 
 def identify_file(path: Path) -> tuple[int, int]:
@@ -1219,7 +1222,7 @@ ANSWERS = {
 def receive() -> Response:
     """Verify, read and store one delivery; answer when it is on disk."""
     config, journal = current_app.config["KYC"], current_app.extensions["journal"]
-    body = read_body()
+    body = read_body(config.max_body_bytes)
     verify(body, request.headers, config, time.time())
     received_at = utc_now()
     event = read_event(body, received_at)
@@ -1230,8 +1233,8 @@ def receive() -> Response:
 STALL_TIMEVAL = struct.pack("@ll", int(ANSWER_SECONDS), 0)
 
 
-def read_body() -> bytes:
-    """Return the raw body; end the request when it is too large or broken off."""
+def read_body(limit: int) -> bytes:
+    """Return the raw body; end the request when it is over `limit` bytes or broken off."""
     connection = request.environ.get("gunicorn.socket")
     if connection:
         # A client that stalls must not hold a thread. Not settimeout: that polls at each call.
@@ -1246,7 +1249,7 @@ def read_body() -> bytes:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)  # gunicorn would wait for the rest
         raise BadRequest from None
-    if len(body) > current_app.config["KYC"].max_body_bytes:
+    if len(body) > limit:
         raise RequestEntityTooLarge
     return body
 

@@ -244,7 +244,8 @@ def test_checkpoint_copies_the_wal_so_that_it_starts_anew(app, send, database, m
         send("inquiry.approved")
     journal.checkpointer.join(10)
     assert database.stat().st_size > 100 * 1000
-    assert database.with_name("kyc.db-wal").stat().st_size < 50 * 10 * 4120
+    wal = database.with_name("kyc.db-wal").stat().st_size // 4120
+    assert wal < 500
 
 
 def test_connection_carries_one_request(serve, database):
