@@ -1551,26 +1551,27 @@ PREFIXES = {
     **{"graph-query": "grphq", "importer-pipeline-run": "mprtpr"},
 }
 KINDS = {
-    "verification": "government-id",
-    "document": "government-id",
-    "selfie": "profile-and-center",
+    **{"verification": "verification/government-id", "document": "document/government-id"},
+    **{"selfie": "selfie/profile-and-center"},
 }
-NAMES_ACCOUNT = ("account", "case", "inquiry", "report")
-NAMES_INQUIRY = (
-    "case",
-    "document",
-    "inquiry",
-    "inquiry-session",
-    "report",
-    "selfie",
-    "verification",
-)
-BEFORE_ACCOUNT = ("inquiry.created", "inquiry.started", "inquiry.transitioned", "inquiry.expired")
+NAMES_ACCOUNT = {"account", "case", "inquiry", "report"}
+NAMES_INQUIRY = NAMES_ACCOUNT - {"account"} | {"document", "inquiry-session"}
+NAMES_INQUIRY |= {"selfie", "verification"}
+BEFORE_ACCOUNT = {"inquiry.created", "inquiry.started", "inquiry.transitioned", "inquiry.expired"}
 PERSON = {
     **{"name-first": "Jane", "name-middle": None, "name-last": "Doe", "birthdate": "1994-12-30"},
     **{"address-street-1": "123 Main St", "address-city": "San Francisco"},
     **{"address-subdivision": "California", "address-postal-code": "94111"},
     **{"email-address": "jane@example.com", "phone-number": "+14155550123"},
+}
+HAPPENED_AT = {
+    **{"started": "started-at", "completed": "completed-at", "failed": "failed-at"},
+    **{"marked-for-review": "marked-for-review-at", "expired": "expired-at"},
+    **{"approved": "decisioned-at", "declined": "decisioned-at", "redacted": "redacted-at"},
+}
+BEHAVIORS = {
+    **{"behavior-threat-level": "low", "distraction-events": 2, "hesitation-percentage": 36.2934},
+    **{"request-spoof-attempts": 0, "user-agent-spoof-attempts": 0},
 }
 
 
@@ -1591,30 +1592,23 @@ def build_event(
     if not kind or not happening:
         raise click.BadParameter("an event is named like inquiry.approved", param_hint="NAME")
     family = kind.split("/")[0]
-    account, inquiry = account_id, inquiry_id
     if (family in NAMES_ACCOUNT and name not in BEFORE_ACCOUNT) or name == "graph-query.completed":
-        account = account or new_id("act")
+        account_id = account_id or new_id("act")
     if family in NAMES_INQUIRY and not kind.startswith("report/business-"):
-        inquiry = inquiry or new_id("inq")
-    created_at = created_at or utc_now()
-    builder = {"inquiry": build_inquiry, "account": build_account}.get(family, build_part)
-    thing = {
-        "type": f"{kind}/{KINDS[kind]}" if kind in KINDS else kind,
-        "id": {"inquiry": inquiry, "account": account}.get(family)
-        or new_id(PREFIXES.get(family, family[:4])),
-        **builder(happening, created_at, inquiry, account, reference_id),
+        inquiry_id = inquiry_id or new_id("inq")
+    own_id = {"inquiry": inquiry_id, "account": account_id}.get(family)
+    event = Event(
+        *(event_id or new_id("evt"), name, created_at or utc_now(), KINDS.get(kind, kind)),
+        *(own_id or new_id(PREFIXES.get(family, family[:4])), inquiry_id, account_id, reference_id),
+    )
+    build = {"inquiry": build_inquiry, "account": build_account}.get(family, build_part)
+    thing = {"type": event.object_type, "id": event.object_id, **build(event, happening)}
+    attributes = {
+        "name": name,
+        "payload": {"data": thing, "included": []},
+        "created-at": event.created_at,
     }
-    return {
-        "data": {
-            "type": "event",
-            "id": event_id or new_id("evt"),
-            "attributes": {
-                "name": name,
-                "payload": {"data": thing, "included": []},
-                "created-at": created_at,
-            },
-        }
-    }
+    return {"data": {"type": "event", "id": event.event_id, "attributes": attributes}}
 
 
 def new_id(prefix: str) -> str:
@@ -1623,127 +1617,88 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{''.join(random.SystemRandom().choices(letters, k=24))}"
 
 
-def identify(kind: str) -> dict[str, str]:
-    """Return the identifier of a new object."""
-    return {"type": kind, "id": new_id(PREFIXES[kind.split("/")[0]])}
-
-
 def point(kind: str, target: str | None) -> dict[str, Any]:
     """Return a relationship to one object, or to none."""
     return {"data": {"type": kind, "id": target} if target else None}
 
 
-def build_inquiry(
-    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
-) -> dict[str, Any]:
+def build_inquiry(event: Event, happening: str) -> dict[str, Any]:
     """Return attributes and relationships of an inquiry."""
-    status = STATUSES.get(f"inquiry.{happening}", ("completed", 0))[0]
+    status = STATUSES.get(event.name, ("completed", 0))[0]
     done = status not in ("created", "pending", "expired")
     person = dict.fromkeys(PERSON) if happening == "redacted" else PERSON
-    times = (
-        "started",
-        "completed",
-        "failed",
-        "marked-for-review",
-        "decisioned",
-        "expired",
-        "redacted",
-    )
-    decided = {"approved": "decisioned", "declined": "decisioned"}.get(happening, happening)
+    parts = {
+        "sessions": {"type": "inquiry-session", "id": new_id("iqse")},
+        "verifications": {"type": "verification/government-id", "id": new_id("ver")},
+    }
     return {
         "attributes": {
             "status": status,
-            "reference-id": reference,
+            "reference-id": event.reference_id,
             "note": None,
-            "behaviors": {
-                "behavior-threat-level": "low",
-                "completion-time": 40.172463903 if done else None,
-                "distraction-events": 2,
-                "hesitation-percentage": 36.2934,
-                "request-spoof-attempts": 0,
-                "user-agent-spoof-attempts": 0,
-            },
+            "behaviors": BEHAVIORS | {"completion-time": 40.172463903 if done else None},
             "tags": [],
             "creator": "API",
             "reviewer-comment": None,
-            "created-at": created_at,
-            "updated-at": created_at,
-            **{f"{time}-at": created_at if time == decided else None for time in times},
-            "redacted-at": created_at if happening == "redacted" else None,
+            "created-at": event.created_at,
+            "updated-at": event.created_at,
+            **dict.fromkeys(HAPPENED_AT.values()),
+            **({HAPPENED_AT[happening]: event.created_at} if happening in HAPPENED_AT else {}),
             "previous-step-name": "verification_selfie" if done else None,
             "next-step-name": "success" if done else "start",
             "fields": {key: {"type": "string", "value": value} for key, value in person.items()},
             **person,
         },
         "relationships": {
-            "account": point("account", account),
-            "template": point("template", None),
+            "account": point("account", event.account_id),
+            **{name: point(name, None) for name in ("template", "transaction", "reviewer")},
             "inquiry-template": point("inquiry-template", new_id("itmpl")),
             "inquiry-template-version": point("inquiry-template-version", new_id("itmplv")),
-            "transaction": point("transaction", None),
-            "reviewer": point("user", None),
-            "reports": {"data": []},
-            "verifications": {
-                "data": [{"type": "verification/government-id", "id": new_id("ver")}]
-                if done
-                else []
-            },
-            "sessions": {
-                "data": [{"type": "inquiry-session", "id": new_id("iqse")}] if done else []
-            },
-            "documents": {"data": []},
-            "selfies": {"data": []},
+            **{name: {"data": []} for name in ("reports", "documents", "selfies")},
+            **{name: {"data": [part] if done else []} for name, part in parts.items()},
         },
     }
 
 
-def build_account(
-    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
-) -> dict[str, Any]:
+def build_account(event: Event, happening: str) -> dict[str, Any]:
     """Return attributes of an account."""
     person = dict.fromkeys(PERSON) if happening == "redacted" else PERSON
+    fields = {key.replace("-", "_"): value for key, value in person.items()}
     return {
         "attributes": {
-            "reference-id": reference,
+            "reference-id": event.reference_id,
             "account-type-name": "User",
             "account-status": "Default",
-            "created-at": created_at,
-            "updated-at": created_at,
-            "redacted-at": created_at if happening == "redacted" else None,
-            "fields": {
-                key.replace("-", "_"): {"type": "string", "value": value}
-                for key, value in person.items()
-            },
+            "created-at": event.created_at,
+            "updated-at": event.created_at,
+            "redacted-at": event.created_at if happening == "redacted" else None,
+            "fields": {key: {"type": "string", "value": value} for key, value in fields.items()},
             "tags": [],
             **person,
         }
     }
 
 
-def build_part(
-    happening: str, created_at: str, inquiry: str | None, account: str | None, reference: str | None
-) -> dict[str, Any]:
+def build_part(event: Event, happening: str) -> dict[str, Any]:
     """Return attributes and relationships of a verification, a report, or anything else."""
     checks = ("id_barcode_detection", "id_expired_detection", "id_selfie_comparison")
+    passed = {"status": "passed", "reasons": [], "requirement": "required"}
     return {
         "attributes": {
             "status": happening,
-            "created-at": created_at,
-            "created-at-ts": int(datetime.fromisoformat(created_at).timestamp()),
-            "completed-at": created_at,
-            "redacted-at": created_at if happening == "redacted" else None,
+            "created-at": event.created_at,
+            "created-at-ts": int(datetime.fromisoformat(event.created_at).timestamp()),
+            "completed-at": event.created_at,
+            "redacted-at": event.created_at if happening == "redacted" else None,
             "country-code": "US",
             "tags": [],
-            "checks": [
-                {"name": check, "status": "passed", "reasons": [], "requirement": "required"}
-                for check in checks
-            ],
-            **({"reference-id": reference} if reference else {}),
+            "checks": [{"name": name, **passed} for name in checks],
+            **({"reference-id": event.reference_id} if event.reference_id else {}),
             **PERSON,
         },
         "relationships": {
-            "inquiry": point("inquiry", inquiry),
-            "account": point("account", account),
+            "inquiry": point("inquiry", event.inquiry_id),
+            "account": point("account", event.account_id),
             "transaction": point("transaction", None),
         },
     }
