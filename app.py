@@ -122,7 +122,7 @@ def read_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 1
-PROBE = "PRAGMA user_version = 1"  # writes what is there already: a commit that changes nothing
+PROBE = f"PRAGMA user_version = {SCHEMA_VERSION}"  # a commit that changes nothing
 BUSY_SECONDS = 3.0  # how long SQLite waits for a lock that another process holds
 
 
@@ -1069,11 +1069,12 @@ def redact_new(db: sqlite3.Connection, events: list[Event], last: int, earlier: 
     return removed
 
 
-def redact(db: sqlite3.Connection, subject: str, before: str) -> int:
+def redact(db: sqlite3.Connection, subject: str, before: str, later: str | None = None) -> int:
     """Remove the bodies of a subject's events created until `before`; return how many.
 
     `subject` is an inquiry, account or reference ID; the latter two include the inquiries
-    that any event links to them. What arrives later and is as old loses its body, too.
+    that any event links to them. What arrives later loses its body, too, if it was created
+    until `later`, which is `before` when left out.
     """
     db.execute(
         """
@@ -1081,7 +1082,7 @@ def redact(db: sqlite3.Connection, subject: str, before: str) -> int:
         ON CONFLICT (subject_id) DO UPDATE SET
             redacted_before = max(redacted_before, excluded.redacted_before)
         """,
-        (subject, before),
+        (subject, later or before),
     )
     ids = json.dumps(find_subjects(db, subject))
     return db.execute(REMOVE_BODIES, {"now": utc_now(), "ids": ids, "before": before}).rowcount
@@ -1993,17 +1994,12 @@ def redact_command(subject: str, yes: bool) -> None:
             raise click.ClickException(f"{subject}: no event names this ID")
         confirm(f"Remove the bodies of {bodies} of {found} events of {subject}?", yes)
         with writing(db):
-            removed = redact(db, subject, LATEST)
-            db.execute(REDACTED_UNTIL, (utc_now(), ids, LATEST))
+            removed = redact(db, subject, LATEST, utc_now())
         scrub_wal(db)
-    click.echo(f"{removed} bodies removed")
+    click.echo(f"{removed} {'body' if removed == 1 else 'bodies'} removed")
 
 
 LATEST = "9999-12-31T23:59:59.999Z"  # after any event
-REDACTED_UNTIL = """
-    UPDATE redactions SET redacted_before = ?
-    WHERE subject_id IN (SELECT value FROM json_each(?)) AND redacted_before = ?
-"""
 
 PRUNE = """
     UPDATE events SET body = NULL, redacted_at = ?,
@@ -2042,7 +2038,7 @@ def prune(before: str, yes: bool) -> None:
                     chunk = (utc_now(), first, first + CHUNK, before)
                     removed += db.execute(PRUNE, chunk).rowcount
         scrub_wal(db)
-    click.echo(f"{removed} bodies removed")
+    click.echo(f"{removed} {'body' if removed == 1 else 'bodies'} removed")
 
 
 # flask backup, check: keep
@@ -2055,9 +2051,10 @@ def backup(path: Path) -> None:
     Example: flask backup /var/backups/kyc-monday.db
     """
     part = path.with_name(path.name + ".part")
-    for file in (path, part):
-        if os.path.lexists(file):
-            raise click.ClickException(f"{file}: exists already; a backup never overwrites")
+    if os.path.lexists(path):
+        raise click.ClickException(f"{path}: exists already; a backup never overwrites")
+    if os.path.lexists(part):
+        raise click.ClickException(f"{part}: a backup is being made, or was killed; remove it then")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up then, too
     os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     try:

@@ -697,5 +697,5 @@ def test_removal_asks_on_a_terminal(fill, begin, database, command, typed, optio
 @pytest.mark.parametrize("command", ["redact", "prune"])
 def test_removal_asks_nobody_without_a_terminal(fill, flask, database, command):
     fill("inquiry.approved", reference_id="user-1")
-    assert flask(command, *arguments(command)).stdout == "1 bodies removed\n"
+    assert flask(command, *arguments(command)).stdout == "1 body removed\n"
     assert execute(database, "SELECT count(body) FROM events") == [(0,)]

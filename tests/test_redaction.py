@@ -91,7 +91,7 @@ def test_prune_removes_old_bodies_only(serve, flask, database):
     server = serve()
     server.send(plant(event_id="evt_1", created_at=EARLY))
     server.send(build(event_id="evt_2", created_at=LAST))
-    assert flask("prune", "--older-than", LATER).stdout == "1 bodies removed\n"
+    assert flask("prune", "--older-than", LATER).stdout == "1 body removed\n"
     assert kept(database) == ["evt_2"]
     assert bytes_on_disk(database) == 0
     assert flask("prune", "--older-than", "36500d").stdout == "0 bodies removed\n"
