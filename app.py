@@ -280,6 +280,24 @@ def write_lock(path: Path, seconds: int = 10) -> Iterator[None]:
         os.close(file)
 
 
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Wait in line with the other writers, however long, then hold the lock for the block.
+
+    For the service's threads. Without a lock file, SQLite's own locks have to do.
+    """
+    lock = None
+    with contextlib.suppress(OSError):
+        lock = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+
+
 def utc_now() -> str:
     """Return the time as the tables hold it: UTC, to the millisecond."""
     return format_time(datetime.now(UTC))
@@ -588,6 +606,7 @@ class Journal:
       survives, and the next commit starts on a fresh connection.
     - No request waits longer than ANSWER_SECONDS. A delivery that is given up may still be
       committed later; its redelivery is then a duplicate.
+    - No delivery waits while the WAL is copied: see Checkpointer.
     - Between processes the lock file queues the writers in the kernel, in turn, so SQLite's
       busy handler is met only when a stranger writes. The lock is for fairness and speed;
       correctness rests on SQLite's own locks.
@@ -605,14 +624,10 @@ class Journal:
         """Start from nothing, as a process does that has just been forked."""
         self.line: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
-        self.checkpointer: threading.Thread | None = None
         self.db: sqlite3.Connection | None = None
-        self.copier: sqlite3.Connection | None = None
+        self.checkpointer = Checkpointer(self.path)
         self.files: dict[Path, tuple[int, int]] = {}  # the database, its WAL and WAL index
         self.stuck: float | None = None  # since when no commit has succeeded, though one was due
-        self.unchecked = 0  # pages, about, since the last checkpoint
-        self.wal_pages = WAL_PAGES
-        self.scrub = False  # redacted bytes are still in the WAL
         self.stopping = False
 
     def append(self, delivery: Delivery) -> str:
@@ -653,9 +668,9 @@ class Journal:
         while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
             with contextlib.suppress(queue.Empty):
-                batch.append(self.line.get(timeout=1.0 if self.scrub else None))
+                batch.append(self.line.get(timeout=1.0 if self.checkpointer.scrub else None))
             self.stuck = self.stuck or time.monotonic()
-            with self.turn():
+            with turn(self.path):
                 with contextlib.suppress(queue.Empty):
                     while len(batch) < MAX_WAITING:
                         batch.append(self.line.get_nowait())
@@ -663,26 +678,9 @@ class Journal:
             for delivery in batch:
                 delivery.done.release()
             log_deliveries(batch)
-            self.unchecked += sum(10 + len(delivery.body) // 4096 for delivery in batch)
-            if self.unchecked >= CHECKPOINT_PAGES or self.scrub:
-                self.start_checkpoint()
-        if self.checkpointer:
-            self.checkpointer.join()
+            self.checkpointer.count(10 + len(delivery.body) // 4096 for delivery in batch)
+        self.checkpointer.join()
         self.close()
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Hold the lock file for the block; without one, SQLite's locks have to do."""
-        lock = None
-        with contextlib.suppress(OSError):
-            lock = os.open(lock_path(self.path), os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            if lock is not None:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not, if the process has forked
-                os.close(lock)
 
     def settle(self, batch: list[Delivery]) -> None:
         """Commit `batch`; if an event is to blame for a failure, each event by itself.
@@ -723,7 +721,7 @@ class Journal:
                 delivery.outcome = dispatch(db, delivery.event, first, delivery.fault)
                 new.discard(delivery.event.event_id)
             if redact_new(db, events, last, bool(redactions)):
-                self.scrub = True
+                self.checkpointer.scrub = True
             if len(deliveries) < len(batch):
                 db.execute(PROBE)
         self.stuck = None
@@ -739,9 +737,8 @@ class Journal:
             self.discard_wal()
         if self.db is None:
             take_core()
-            self.db, self.copier = connect(self.path), connect(self.path)
+            self.db, self.checkpointer.db = connect(self.path), connect(self.path)
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
-            self.copier.execute("PRAGMA busy_timeout = 0")
             self.files = {path: identify_file(path) for path in (self.path, *wal_paths(self.path))}
         return self.db
 
@@ -760,42 +757,62 @@ class Journal:
         if self.db:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()
-        self.db = self.copier = None  # a checkpoint that still uses the latter closes it
+        self.db = self.checkpointer.db = None  # a checkpoint that still uses the latter closes it
 
-    def start_checkpoint(self) -> None:
-        """Have the WAL copied into the database file, unless that goes on already."""
-        if self.copier and not (self.checkpointer and self.checkpointer.is_alive()):
-            self.unchecked = 0
-            thread = threading.Thread(target=self.checkpoint, args=[self.copier], daemon=True)
-            thread.start()
-            self.checkpointer = thread
 
-    def checkpoint(self, db: sqlite3.Connection) -> None:
-        """Copy the WAL into the database file, most of it beside the commits.
+class Checkpointer:
+    """Copies the WAL into the database file, in a thread of its own, beside the commits.
 
-        The rest is copied in a turn, when no commit adds to it, so that the next one can
-        start the WAL anew. What fails here is tried again; the commits find out why.
-        """
+    Only the last of it is copied in a turn, when no commit adds to it, so that the next one
+    can start the WAL anew. What fails is tried again later; the commits find out why.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.db: sqlite3.Connection | None = None  # the journal opens it with its own
+        self.thread: threading.Thread | None = None
+        self.pages = 0  # about, that were written since the last start
+        self.limit = WAL_PAGES
+        self.scrub = False  # redacted bytes are still in the WAL
+
+    def count(self, pages: Iterable[int]) -> None:
+        """Count written pages; start a checkpoint when one is due and none is under way."""
+        self.pages += sum(pages)
+        due = self.pages >= CHECKPOINT_PAGES or self.scrub
+        if due and self.db and not (self.thread and self.thread.is_alive()):
+            thread = threading.Thread(target=self.run, args=[self.db], daemon=True)
+            with contextlib.suppress(RuntimeError):  # no thread to be had: next time
+                thread.start()
+                self.pages, self.thread = 0, thread
+
+    def join(self) -> None:
+        """Wait for the checkpoint that is under way, if any."""
+        if self.thread:
+            self.thread.join()
+
+    def run(self, db: sqlite3.Connection) -> None:
+        """Copy what is in the WAL, again while much has been added, and the rest in a turn."""
         with contextlib.suppress(sqlite3.Error):
+            db.execute("PRAGMA busy_timeout = 0")
             copied = 0
             while (pages := db.execute("PRAGMA wal_checkpoint").fetchone()[1]) > copied + 500:
                 copied = pages
-            with self.turn():
+            with turn(self.path):
                 if self.scrub:
                     blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
                     self.scrub = bool(blocked)
-                elif db.execute("PRAGMA wal_checkpoint").fetchone()[1] > self.wal_pages:
-                    self.restart_wal(db, pages)
+                elif db.execute("PRAGMA wal_checkpoint").fetchone()[1] > self.limit:
+                    self.restart(db, pages)
 
-    def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
+    def restart(self, db: sqlite3.Connection, pages: int) -> None:
         """Wait a second for readers to let go of the WAL; if they do not, let it double."""
         deadline = time.monotonic() + 1.0
         while db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
             if time.monotonic() > deadline:
-                self.wal_pages = 2 * pages
+                self.limit = 2 * pages
                 return
             time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
-        self.wal_pages = WAL_PAGES
+        self.limit = WAL_PAGES
 
 
 def take_core() -> None:

@@ -200,7 +200,7 @@ def test_wal_stays_bounded_beside_a_reader_that_comes_and_goes(app, database, mo
     monkeypatch.setattr(kyc, "CHECKPOINT_PAGES", 100)
     monkeypatch.setattr(kyc, "WAL_PAGES", 300)
     journal = app.extensions["journal"]
-    journal.wal_pages = 300
+    journal.checkpointer.limit = 300
     done = threading.Event()
 
     def read():
@@ -224,12 +224,12 @@ def test_wal_stays_bounded_beside_a_reader_that_comes_and_goes(app, database, mo
 def test_no_delivery_waits_for_a_checkpoint(app, send, monkeypatch):
     begun, end = threading.Event(), threading.Event()
 
-    def checkpoint(db):
+    def run(db):
         begun.set()
         assert end.wait(10)
 
     monkeypatch.setattr(kyc, "CHECKPOINT_PAGES", 1)
-    monkeypatch.setattr(app.extensions["journal"], "checkpoint", checkpoint)
+    monkeypatch.setattr(app.extensions["journal"].checkpointer, "run", run)
     send("inquiry.approved")
     assert begun.wait(10)
     for _ in range(20):
@@ -242,7 +242,7 @@ def test_checkpoint_copies_the_wal_so_that_it_starts_anew(app, send, database, m
     monkeypatch.setattr(kyc, "CHECKPOINT_PAGES", 100)
     for _ in range(100):
         send("inquiry.approved")
-    journal.checkpointer.join(10)
+    journal.checkpointer.join()
     assert database.stat().st_size > 100 * 1000
     wal = database.with_name("kyc.db-wal").stat().st_size // 4120
     assert wal < 500
