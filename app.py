@@ -122,7 +122,7 @@ def read_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 1
-PROBE = f"PRAGMA user_version = {SCHEMA_VERSION}"  # a commit that changes nothing
+PROBE = "PRAGMA user_version = 1"  # SCHEMA_VERSION again: a commit that changes nothing
 BUSY_SECONDS = 3.0  # how long SQLite waits for a lock that another process holds
 
 
@@ -760,11 +760,15 @@ class Journal:
         self.db = self.checkpointer.db = None  # a checkpoint that still uses the latter closes it
 
 
+RESTART_WAL = "PRAGMA wal_checkpoint(RESTART)"
+CUT_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
+
+
 class Checkpointer:
     """Copies the WAL into the database file, in a thread of its own, beside the commits.
 
-    Only the last of it is copied in a turn, when no commit adds to it, so that the next one
-    can start the WAL anew. What fails is tried again later; the commits find out why.
+    Now and then the rest is copied in a turn, when no commit adds to it, so that the next
+    one can start the WAL anew. What fails is tried again later; the commits find out why.
     """
 
     def __init__(self, path: Path):
@@ -791,28 +795,29 @@ class Checkpointer:
             self.thread.join()
 
     def run(self, db: sqlite3.Connection) -> None:
-        """Copy what is in the WAL, again while much has been added, and the rest in a turn."""
+        """Copy what is in the WAL, again while much is added; end it when it is long."""
         with contextlib.suppress(sqlite3.Error):
             db.execute("PRAGMA busy_timeout = 0")
             copied = 0
             while (pages := db.execute("PRAGMA wal_checkpoint").fetchone()[1]) > copied + 500:
                 copied = pages
-            with turn(self.path):
-                if self.scrub:
-                    blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                    self.scrub = bool(blocked)
-                elif db.execute("PRAGMA wal_checkpoint").fetchone()[1] > self.limit:
-                    self.restart(db, pages)
+            if self.scrub or pages > self.limit:
+                with turn(self.path):
+                    self.end_wal(db, pages)
 
-    def restart(self, db: sqlite3.Connection, pages: int) -> None:
-        """Wait a second for readers to let go of the WAL; if they do not, let it double."""
+    def end_wal(self, db: sqlite3.Connection, pages: int) -> None:
+        """Copy the rest, so that the next commit starts the WAL anew.
+
+        Wait a second for readers to let go of it; if they do not, let it double.
+        """
+        checkpoint = CUT_WAL if self.scrub else RESTART_WAL
         deadline = time.monotonic() + 1.0
-        while db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
+        while db.execute(checkpoint).fetchone()[0]:
             if time.monotonic() > deadline:
                 self.limit = 2 * pages
                 return
             time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
-        self.limit = WAL_PAGES
+        self.limit, self.scrub = WAL_PAGES, False
 
 
 def take_core() -> None:
@@ -1820,31 +1825,31 @@ def events(
 
     Example: flask events --name 'inquiry.*' --since 1h --json --follow
     """
-    query = {**filters, "limit": limit, "after": after}
-    rows, query["after"] = list_events(query)
+    wanted = {**filters, "limit": limit, "after": after}
+    rows, wanted["after"] = list_events(wanted)
     if not as_json:
         heads = ("POSITION", "RECEIVED AT", "CREATED AT", "NAME", "STATE", "EVENT ID")
         click.secho(EVENT_LINE.format(*heads), bold=True)
     show_events(rows, as_json)
-    query["limit"] = CHUNK
+    wanted["limit"] = CHUNK
     while follow:
         time.sleep(0 if len(rows) == CHUNK else 0.2)
         try:
-            rows, query["after"] = list_events(query)
+            rows, wanted["after"] = list_events(wanted)
         except (DatabaseError, sqlite3.Error):
             rows = []  # the file is being replaced, or the disk is busy: look again
         show_events(rows, as_json)
 
 
-def list_events(query: dict[str, Any]) -> tuple[list[sqlite3.Row], int]:
+def list_events(wanted: dict[str, Any]) -> tuple[list[sqlite3.Row], int]:
     """Return journal rows in order, and the position to go on from; sees the file anew."""
-    after = query["after"]
+    after = wanted["after"]
     with contextlib.closing(open_database(readonly=True)) as db:
         end = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
         if after is None:
-            after = (db.execute(BEFORE_NEWEST, query).fetchone() or [0])[0]
-        rows = db.execute(NEXT_EVENTS, {**query, "after": after, "end": end}).fetchall()
-    return rows, rows[-1]["position"] if len(rows) == query["limit"] else max(after, end)
+            after = (db.execute(BEFORE_NEWEST, wanted).fetchone() or [0])[0]
+        rows = db.execute(NEXT_EVENTS, {**wanted, "after": after, "end": end}).fetchall()
+    return rows, rows[-1]["position"] if len(rows) == wanted["limit"] else max(after, end)
 
 
 def show_events(rows: list[sqlite3.Row], as_json: bool) -> None:
