@@ -1,4 +1,4 @@
-"""The upper bound: a Flask route that reads the body and does nothing with it."""
+"""A Flask route that reads the body and does nothing with it."""
 
 from flask import Flask, request
 
