@@ -198,6 +198,7 @@ def prepare_database(path: Path) -> None:
             db.execute(JOURNAL_STATE).fetchone()  # fails here on another application's file
             with transaction(db):
                 db.execute(PROBE)  # fails here, not at the first event, when read-only
+            db.execute("PRAGMA busy_timeout = 0")  # a reader must not hold up the other workers
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process redacted
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)  # the new files' names must last, too
@@ -229,7 +230,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
-        conclude(db, "END")  # not COMMIT: see protect_transaction
+        conclude(db, "COMMIT")
     except BaseException:
         if db.in_transaction:  # SQLite has rolled back by itself when the disk is full
             db.execute("ROLLBACK")
@@ -667,18 +668,21 @@ class Journal:
         """Commit what is in line, again and again."""
         while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
-            with contextlib.suppress(queue.Empty):
-                batch.append(self.line.get(timeout=1.0 if self.checkpointer.scrub else None))
-            self.stuck = self.stuck or time.monotonic()
-            with turn(self.path):
-                with contextlib.suppress(queue.Empty):
-                    while len(batch) < MAX_WAITING:
-                        batch.append(self.line.get_nowait())
-                self.settle(batch)
-            for delivery in batch:
-                delivery.done.release()
-            log_deliveries(batch)
-            self.checkpointer.count(10 + len(delivery.body) // 4096 for delivery in batch)
+            try:
+                batch.append(self.line.get(timeout=1.0))
+            except queue.Empty:
+                self.stuck = None  # nothing is due
+            else:
+                self.stuck = self.stuck or time.monotonic()
+                with turn(self.path):
+                    with contextlib.suppress(queue.Empty):
+                        while len(batch) < MAX_WAITING:
+                            batch.append(self.line.get_nowait())
+                    self.settle(batch)
+                for delivery in batch:
+                    delivery.done.release()
+                log_deliveries(batch)
+            self.checkpointer.add(10 + len(delivery.body) // 4096 for delivery in batch)
         self.checkpointer.join()
         self.close()
 
@@ -733,12 +737,18 @@ class Journal:
         """Return the connection; open it anew when the file at the path is another one."""
         file = identify_file(self.path)
         if self.files.get(self.path, file) != file:
+            if self.db:
+                with contextlib.suppress(sqlite3.Error):
+                    self.db.execute("PRAGMA wal_checkpoint")  # into the file that was moved away
             self.close()
             self.discard_wal()
         if self.db is None:
             take_core()
             self.db, self.checkpointer.db = connect(self.path), connect(self.path)
+            self.db.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
+            self.db.execute("PRAGMA journal_size_limit = 67108864")  # once it has grown beyond
+            self.db.execute(JOURNAL_STATE).fetchone()  # makes the WAL
             self.files = {path: identify_file(path) for path in (self.path, *wal_paths(self.path))}
         return self.db
 
@@ -760,10 +770,6 @@ class Journal:
         self.db = self.checkpointer.db = None  # a checkpoint that still uses the latter closes it
 
 
-RESTART_WAL = "PRAGMA wal_checkpoint(RESTART)"
-CUT_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
-
-
 class Checkpointer:
     """Copies the WAL into the database file, in a thread of its own, beside the commits.
 
@@ -778,11 +784,13 @@ class Checkpointer:
         self.pages = 0  # about, that were written since the last start
         self.limit = WAL_PAGES
         self.scrub = False  # redacted bytes are still in the WAL
+        self.scrubbed = 0.0  # when that was last tried
 
-    def count(self, pages: Iterable[int]) -> None:
+    def add(self, pages: Iterable[int]) -> None:
         """Count written pages; start a checkpoint when one is due and none is under way."""
         self.pages += sum(pages)
-        due = self.pages >= CHECKPOINT_PAGES or self.scrub
+        due = self.pages >= CHECKPOINT_PAGES
+        due |= self.scrub and time.monotonic() > self.scrubbed + 1.0
         if due and self.db and not (self.thread and self.thread.is_alive()):
             thread = threading.Thread(target=self.run, args=[self.db], daemon=True)
             with contextlib.suppress(RuntimeError):  # no thread to be had: next time
@@ -801,23 +809,26 @@ class Checkpointer:
             copied = 0
             while (pages := db.execute("PRAGMA wal_checkpoint").fetchone()[1]) > copied + 500:
                 copied = pages
-            if self.scrub or pages > self.limit:
+            if self.scrub:
                 with turn(self.path):
-                    self.end_wal(db, pages)
+                    blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                    self.scrub, self.scrubbed = bool(blocked), time.monotonic()
+            elif pages > self.limit:
+                with turn(self.path):
+                    self.restart_wal(db, pages)
 
-    def end_wal(self, db: sqlite3.Connection, pages: int) -> None:
+    def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Copy the rest, so that the next commit starts the WAL anew.
 
         Wait a second for readers to let go of it; if they do not, let it double.
         """
-        checkpoint = CUT_WAL if self.scrub else RESTART_WAL
         deadline = time.monotonic() + 1.0
-        while db.execute(checkpoint).fetchone()[0]:
+        while db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
             if time.monotonic() > deadline:
                 self.limit = 2 * pages
                 return
             time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
-        self.limit, self.scrub = WAL_PAGES, False
+        self.limit = WAL_PAGES
 
 
 def take_core() -> None:
@@ -915,6 +926,9 @@ STATUSES = {  # event name -> status and its rank; Persona's page "Model lifecyc
 }
 
 
+RANKS = dict(STATUSES.values())
+
+
 class Inquiry(NamedTuple):
     """A row of inquiries."""
 
@@ -934,7 +948,7 @@ class Inquiry(NamedTuple):
     @property
     def standing(self) -> tuple[str, int, str]:
         """Return what the event that set the status is compared by (rule 2)."""
-        return self.event_at, STATUSES[self.event_name][1], self.event_id
+        return self.event_at, RANKS[self.status], self.event_id
 
 
 def project(db: sqlite3.Connection, events: Iterable[Event]) -> None:
@@ -1068,7 +1082,10 @@ LATE_EVENTS = """
     FROM events AS e JOIN redactions AS r ON r.subject_id IN (
         SELECT e.inquiry_id UNION SELECT e.account_id UNION SELECT e.reference_id
         UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id
-        UNION SELECT reference_id FROM events WHERE inquiry_id = e.inquiry_id)
+        UNION SELECT reference_id FROM events WHERE inquiry_id = e.inquiry_id
+        UNION SELECT reference_id FROM events WHERE account_id = e.account_id
+        UNION SELECT other.reference_id FROM events AS own JOIN events AS other
+            USING (account_id) WHERE own.inquiry_id = e.inquiry_id)
     WHERE e.rowid > ?
 """
 
@@ -1094,9 +1111,9 @@ def redact_new(db: sqlite3.Connection, events: list[Event], last: int, earlier: 
 def redact(db: sqlite3.Connection, subject: str, before: str, later: str | None = None) -> int:
     """Remove the bodies of a subject's events created until `before`; return how many.
 
-    `subject` is an inquiry, account or reference ID; the latter two include the inquiries
-    that any event links to them. What arrives later loses its body, too, if it was created
-    until `later`, which is `before` when left out.
+    `subject` is an inquiry, account or reference ID. An account includes the inquiries that
+    any event links to it; a reference ID its inquiries, and its accounts with theirs. What
+    arrives later loses its body, too, if it was created until `later`, else until `before`.
     """
     db.execute(
         """
@@ -1111,10 +1128,14 @@ def redact(db: sqlite3.Connection, subject: str, before: str, later: str | None 
 
 
 def find_subjects(db: sqlite3.Connection, subject: str) -> list[str]:
-    """Return the ID of a subject, and those of the inquiries that belong to it."""
+    """Return the ID of a subject, and those of the accounts and inquiries that belong to it."""
     query = """
-        SELECT ?1
-        UNION SELECT inquiry_id FROM events WHERE account_id = ?1 AND inquiry_id IS NOT NULL
+        WITH own(id) AS (
+            SELECT ?1
+            UNION SELECT account_id FROM events WHERE reference_id = ?1 AND account_id IS NOT NULL)
+        SELECT id FROM own
+        UNION SELECT inquiry_id FROM events
+            WHERE account_id IN (SELECT id FROM own) AND inquiry_id IS NOT NULL
         UNION SELECT inquiry_id FROM events WHERE reference_id = ?1 AND inquiry_id IS NOT NULL
     """
     return [row[0] for row in db.execute(query, (subject,))]
@@ -1200,6 +1221,8 @@ def run_handlers(db: sqlite3.Connection, event: Event) -> str | None:
         for handler in HANDLERS[event.name]:
             handler(db, event)
         error = None
+    except KeyboardInterrupt:  # of whoever runs `flask replay`
+        raise
     except BaseException as exception:  # even sys.exit() in a handler fails its event alone
         error = explain_error(exception)
     finally:
@@ -1886,12 +1909,16 @@ def replay(event_id: tuple[str, ...]) -> None:
 def replay_event(db: sqlite3.Connection, event_id: str) -> bool:
     """Dispatch one failed event in a transaction of its own; tell whether it is processed."""
     query = "SELECT body, received_at, state, error FROM events WHERE event_id = ?"
-    with writing(db):
-        body, received_at, *_ = db.execute(query, (event_id,)).fetchone()
-        if body is not None:
-            body = body.encode() if isinstance(body, str) else body
-            dispatch(db, read_event(body, received_at), first=False)
-        *_, state, error = db.execute(query, (event_id,)).fetchone()
+    body, received_at, *_ = db.execute(query, (event_id,)).fetchone()
+    if body is not None:
+        event = read_event(body.encode() if isinstance(body, str) else body, received_at)
+        try:
+            with writing(db):
+                dispatch(db, event, first=False)
+        except TransactionLostError as fault:
+            with writing(db):
+                dispatch(db, event, first=False, fault=explain_error(fault))
+    *_, state, error = db.execute(query, (event_id,)).fetchone()
     why = "its body was removed, and with it what the handler needs" if body is None else error
     click.echo(printable(f"{event_id} {state}" + (f": {why}" if state == "failed" else "")))
     return state == "processed"
@@ -1936,11 +1963,12 @@ def open_shadow() -> sqlite3.Connection:
 
     Its `inquiries` and `kyc_status` hide the real ones; its `events` are the real journal.
     """
-    shadow = sqlite3.connect("", isolation_level=None, timeout=BUSY_SECONDS)
+    shadow = sqlite3.connect("", isolation_level=None, timeout=BUSY_SECONDS, uri=True)
     shadow.row_factory = sqlite3.Row
     shadow.executescript(SCHEMA.read_text())
     shadow.execute("DROP TABLE events")
-    shadow.execute("ATTACH ? AS journal", (str(current_app.config["KYC"].database),))
+    path = current_app.config["KYC"].database
+    shadow.execute("ATTACH ? AS journal", (f"{path.as_uri()}?mode=ro",))  # BEGIN locks it not
     return shadow
 
 
@@ -1974,7 +2002,7 @@ def mend(db: sqlite3.Connection, differences: list[sqlite3.Row]) -> None:
     """Project the inquiries and people in `differences` anew, in one transaction."""
     inquiries = json.dumps([row["inquiry_id"] for row in differences if row["inquiry_id"]])
     people = {row["person"] for row in differences if row["person"]}
-    own = """
+    query = """
         SELECT event_id, name, created_at, object_type, object_id,
             inquiry_id, account_id, reference_id
         FROM events WHERE inquiry_id IN (SELECT value FROM json_each(?))
@@ -1983,7 +2011,7 @@ def mend(db: sqlite3.Connection, differences: list[sqlite3.Row]) -> None:
     with writing(db):
         people |= {row.person for row in read_inquiries(db, json.loads(inquiries)).values()}
         db.execute(DROP_INQUIRIES, (inquiries,))
-        project(db, [Event(*row) for row in db.execute(own, (inquiries,))])
+        project(db, [Event(*row) for row in db.execute(query, (inquiries,))])
         refresh_people(db, people, moved=True)
 
 

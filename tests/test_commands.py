@@ -422,6 +422,14 @@ def test_rebuild_mends_what_was_wrecked(fill, flask, no_secret, database):
     assert "user-5: (no row) -> approved\n" in output
 
 
+def test_rebuild_reads_without_holding_up_writers(app, database):
+    with app.app_context(), contextlib.closing(kyc.open_shadow()) as shadow:
+        shadow.execute("BEGIN IMMEDIATE")
+        assert shadow.execute("SELECT count(*) FROM events").fetchone()[0] == 0
+        with contextlib.closing(sqlite3.connect(database, timeout=0)) as db:
+            db.execute("BEGIN IMMEDIATE")
+
+
 def test_rebuild_of_a_sound_database_changes_nothing(fill, flask, database):
     fill("inquiry.approved", reference_id="user-1")
     before = execute(database, "SELECT * FROM kyc_status")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PAYLOADS, build, sign
+from conftest import PAYLOADS, build, sign, wait_until
 
 import app as kyc
 
@@ -240,12 +240,58 @@ def test_no_delivery_waits_for_a_checkpoint(app, send, monkeypatch):
 def test_checkpoint_copies_the_wal_so_that_it_starts_anew(app, send, database, monkeypatch):
     journal = app.extensions["journal"]
     monkeypatch.setattr(kyc, "CHECKPOINT_PAGES", 100)
-    for _ in range(100):
+    monkeypatch.setattr(kyc, "WAL_PAGES", 200)
+    journal.checkpointer.limit = 200
+    for _ in range(150):
         send("inquiry.approved")
     journal.checkpointer.join()
     assert database.stat().st_size > 100 * 1000
     wal = database.with_name("kyc.db-wal").stat().st_size // 4120
-    assert wal < 500
+    assert wal < 700  # of 1,500 written
+
+
+def test_backup_put_in_place_of_the_database_is_taken_over(app, send, database, flask):
+    aside, copy = database.with_name("aside.db"), database.with_name("copy.db")
+    send("inquiry.approved", event_id="evt_1")
+    flask("backup", str(copy))
+    send("inquiry.approved", event_id="evt_2")
+    database.rename(aside)
+    copy.rename(database)
+    assert send("inquiry.approved", event_id="evt_3").status_code == 200
+    assert stored(aside) == ["evt_1", "evt_2"]
+    assert stored(database) == ["evt_1", "evt_3"]
+
+
+def stored(path):
+    """Return the IDs in a journal, after a look at its integrity."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        return [row[0] for row in db.execute("SELECT event_id FROM events ORDER BY rowid")]
+
+
+def test_blocked_scrub_holds_up_no_delivery(app, send, database):
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
+        send("inquiry.approved", inquiry_id="inq_1")
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM events").fetchone()
+        send("inquiry.redacted", inquiry_id="inq_1")
+        began = time.monotonic()
+        for _ in range(50):
+            assert send("inquiry.approved").status_code == 200
+        assert time.monotonic() - began < 5
+        assert app.extensions["journal"].checkpointer.scrub
+        reader.execute("END")
+    wait_until(lambda: not app.extensions["journal"].checkpointer.scrub)
+
+
+def test_failure_long_ago_does_not_hasten_the_next_delivery(app, send, database):
+    away = database.with_name("away.db")
+    database.rename(away)
+    assert send("inquiry.approved").status_code == 503
+    assert app.extensions["journal"].stuck
+    wait_until(lambda: app.extensions["journal"].stuck is None)
+    away.rename(database)
+    assert send("inquiry.approved").status_code == 200
 
 
 def test_connection_carries_one_request(serve, database):

@@ -40,6 +40,15 @@ def test_status_of_each_event(send, db, name):
     assert tuple(row) == NAMES[name][1:]
 
 
+def test_rule_that_is_gone_does_not_stop_its_inquiries(send, db, monkeypatch):
+    monkeypatch.setitem(kyc.STATUSES, "inquiry.resumed", ("pending", 2))
+    send("inquiry.resumed", inquiry_id="inq_1", reference_id="user-1")
+    assert status(db) == "pending"
+    monkeypatch.delitem(kyc.STATUSES, "inquiry.resumed")
+    assert send("inquiry.approved", inquiry_id="inq_1", reference_id="user-1").status_code == 200
+    assert status(db) == "approved"
+
+
 @pytest.mark.parametrize("name", [*OTHERS, "verification.passed", "report/watchlist.matched"])
 def test_no_other_event_sets_a_status(send, db, name):
     send(name, reference_id="user-1", inquiry_id="inq_1")

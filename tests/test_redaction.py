@@ -87,6 +87,19 @@ def test_redacted_inquiry_leaves_the_account(send, database):
     assert kept(database) == ["evt_1"]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_redacted_person_includes_what_names_only_the_account(serve, flask, database, late):
+    server = serve()
+    server.send(plant(inquiry_id="inq_1", account_id="act_1", reference_id="user-1"))
+    alone = plant("account.created", account_id="act_1", created_at=EARLY)
+    if not late:
+        server.send(alone)
+    flask("redact", "user-1")
+    if late:
+        server.send(alone)
+    assert kept(database) == []
+
+
 def test_prune_removes_old_bodies_only(serve, flask, database):
     server = serve()
     server.send(plant(event_id="evt_1", created_at=EARLY))
