@@ -380,6 +380,16 @@ def failed(fill, database):
     execute(database, "UPDATE events SET state = 'failed', error = 'ValueError: x'")
 
 
+@pytest.fixture
+def note(handlers, database):
+    """A handler that writes the IDs of approvals to a table."""
+    execute(database, "CREATE TABLE notes (event_id TEXT)")
+
+    @kyc.on("inquiry.approved")
+    def note(db, event):
+        db.execute("INSERT INTO notes VALUES (?)", (event.event_id,))
+
+
 def test_replay_runs_all_failed_events(failed, flask, no_secret, database):
     output = flask("replay", **no_secret).stdout
     assert output == "evt_2 processed\nevt_1 processed\n2 processed, 0 failed\n"
@@ -389,6 +399,27 @@ def test_replay_runs_all_failed_events(failed, flask, no_secret, database):
 def test_replay_runs_one_event(failed, flask, database):
     flask("replay", "evt_1")
     assert execute(database, "SELECT event_id FROM failed_events") == [("evt_2",)]
+
+
+def test_replay_runs_the_handler(failed, app, note, database):
+    result = app.test_cli_runner().invoke(args=["replay"])
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "2 processed, 0 failed")
+    assert execute(database, "SELECT event_id FROM notes") == [("evt_2",), ("evt_1",)]
+    assert execute(database, "SELECT DISTINCT state, error FROM events") == [("processed", None)]
+
+
+def test_replay_keeps_the_error_of_a_handler_that_fails_again(failed, app, note, database):
+    @kyc.on("inquiry.approved")
+    def fail(db, event):
+        if event.event_id == "evt_2":
+            raise LookupError("no such plan")
+
+    result = app.test_cli_runner().invoke(args=["replay"])
+    assert result.exit_code == 1
+    assert "evt_2 failed: LookupError: no such plan\n" in result.output
+    query = "SELECT event_id, state, error FROM events WHERE state = 'failed'"
+    assert execute(database, query) == [("evt_2", "failed", "LookupError: no such plan")]
+    assert execute(database, "SELECT event_id FROM notes") == [("evt_1",)]
 
 
 def test_replay_of_what_did_not_fail_is_refused(failed, flask):
