@@ -81,6 +81,14 @@ def handlers():
     kyc.HANDLERS.update(before)
 
 
+@pytest.fixture
+def log(caplog):
+    """What the service logs; its logger passes nothing on to pytest's own handler."""
+    kyc.log.addHandler(caplog.handler)
+    yield caplog
+    kyc.log.removeHandler(caplog.handler)
+
+
 def build(name="inquiry.approved", **ids):
     """Return the body of an event as `flask trigger` builds it."""
     return json.dumps(kyc.build_event(name, **ids)).encode()

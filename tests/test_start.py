@@ -154,7 +154,6 @@ def test_local_trial_serves_with_the_development_secret(tmp_path):
         server.kill()
 
 
-def test_heroku_is_warned_of(environ, capsys, caplog):
-    kyc.log.propagate = True
+def test_heroku_is_warned_of(environ, log):
     kyc.warn(kyc.read_config(environ), {"DYNO": "web.1"})
-    assert "does not last" in caplog.text
+    assert "does not last" in log.text
