@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import socket
 import sqlite3
 import stat
@@ -190,10 +191,25 @@ def test_forked_process_writes_with_a_connection_of_its_own(app, send, db):
     send("inquiry.approved")
     child = os.fork()
     if child == 0:
-        os._exit(0 if send("inquiry.approved").status_code == 200 else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        status = 1
+        try:
+            status = int(send("inquiry.approved").status_code != 200)
+        finally:
+            os._exit(status)
+    assert exit_status(child) == 0
     assert send("inquiry.approved").status_code == 200
     assert db.execute("SELECT count(*) FROM events").fetchone()[0] == 3
+
+
+def exit_status(child):
+    """Wait for a forked process, and kill it when it does not end."""
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    try:
+        wait_until(lambda: os.waitid(os.P_PID, child, options))
+    finally:
+        os.kill(child, signal.SIGKILL)  # nothing to one that has ended
+        status = os.waitpid(child, 0)[1]
+    return status
 
 
 def test_wal_stays_bounded_beside_a_reader_that_comes_and_goes(app, database, monkeypatch):
