@@ -358,8 +358,7 @@ def test_a_reader_that_leaves_ends_the_listing_quietly(fill, begin, options):
     read_line(process)
     process.stdout.close()
     fill("inquiry.created")
-    assert process.stderr.read() == b""
-    process.wait(timeout=15)
+    assert process.communicate(timeout=15)[1] == b""
 
 
 def test_colours_are_for_terminals_only(fill, flask, begin):

@@ -28,6 +28,7 @@ from conftest import LONG, Load, build
 
 CUTS = 2000 if LONG else 200
 EVENTS = 2000 if LONG else 1200
+LOAD_SECONDS = 120  # at most, until so many events are accepted
 SECTOR = 512
 DATABASE, WAL, DIRECTORY = 1, 2, 3
 RECORD = struct.Struct("<cb2xIQqQ")
@@ -120,11 +121,13 @@ def recorded(recorder, serve, environ, tmp_path):
 def load(server, prefix, events, between=lambda: time.sleep(0.05)):
     """Send events, small and large; return those that were accepted."""
     port = server.port
+    deadline = time.monotonic() + LOAD_SECONDS
     with (
         Load(port, 6, prefix + "s", padding=500) as small,
         Load(port, 2, prefix + "l", padding=30_000) as large,
     ):
         while len(small.accepted) + len(large.accepted) < events:
+            assert time.monotonic() < deadline, server.log.read_text()[-1000:]
             between()
     return small.accepted | large.accepted
 
@@ -133,7 +136,7 @@ def checkpoint(database, preload):
     """Let another process copy the WAL into the database."""
     code = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA wal_checkpoint')"
     command = [sys.executable, "-c", code, database]
-    subprocess.run(command, check=True, env={**os.environ, **preload})
+    subprocess.run(command, check=True, env={**os.environ, **preload}, timeout=30)
 
 
 def empty_wal(server, database, preload):

@@ -245,8 +245,10 @@ def trial(tmp_path):
     """The service as the README's first command starts it, but for the venv and the place."""
     environ = {"KYC_DATABASE": str(tmp_path / "kyc.db"), "HOME": str(tmp_path)}
     server = Server(environ, tmp_path / "trial.log", arguments=[sys.executable, "app.py"])
-    yield server.wait_until_up()
-    server.kill()
+    try:
+        yield server.wait_until_up()
+    finally:
+        server.kill()
 
 
 def test_quick_start_works_as_written(trial, tmp_path):
