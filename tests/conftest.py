@@ -89,6 +89,15 @@ def log(caplog):
     kyc.log.removeHandler(caplog.handler)
 
 
+def build_library(source, folder):
+    """Return a library to preload, built of a C file beside this one."""
+    library = folder / Path(source).with_suffix(".so")
+    options = ["-O2", "-Wall", "-Werror", "-fPIC", "-shared"]
+    command = ["gcc", *options, "-o", library, Path(__file__).with_name(source), "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+    return library
+
+
 def build(name="inquiry.approved", **ids):
     """Return the body of an event as `flask trigger` builds it."""
     return json.dumps(kyc.build_event(name, **ids)).encode()

@@ -16,7 +16,7 @@ import threading
 import time
 
 import pytest
-from conftest import LONG, Load, assert_kept, build, sign, wait_until
+from conftest import LONG, Load, assert_kept, build, build_library, sign, wait_until
 
 LOAD_SECONDS = 60 if LONG else 5
 ANSWER_SECONDS = 5  # Persona waits no longer
@@ -59,6 +59,44 @@ def test_disk_that_refuses_writes_postpones_events_until_it_takes_them(serve, da
             assert server.request("GET", "/healthz")[0] == 503
         assert_postponed(load)
         wait_until(progress(load))
+    assert set(load.answers) == {200, 503}
+    assert_kept(database, load.accepted)
+
+
+def test_event_whose_fsync_fails_is_postponed_and_not_half_written(sync, database):
+    server, failing = sync
+    bodies = {f"evt_{n}": build(event_id=f"evt_{n}", reference_id=f"person-{n}") for n in range(3)}
+    assert server.send(bodies["evt_0"])[0] == 200
+    failing.touch()
+    assert server.send(bodies["evt_1"])[0] == 503
+    assert server.request("GET", "/healthz")[0] == 503
+    failing.unlink()
+    assert server.send(bodies["evt_2"])[0] == 200
+    assert_kept(database, {name: bodies[name] for name in ("evt_0", "evt_2")})
+
+
+def test_redelivery_while_fsync_fails_is_no_duplicate(sync, database):
+    server, failing = sync
+    body = build(event_id="evt_1", reference_id="person")
+    assert server.send(build())[0] == 200
+    failing.touch()
+    assert [server.send(body)[0] for _ in range(3)] == [503] * 3
+    failing.unlink()
+    assert server.send(body)[0] == 200
+    assert_kept(database, {"evt_1": body})
+
+
+def test_failing_fsync_under_load_loses_nothing(sync, database):
+    server, failing = sync
+    with Load(server.port, clients=8) as load:
+        for _ in range(3):
+            wait_until(progress(load))
+            failing.touch()
+            refused = load.answers[503]
+            wait_until(lambda refused=refused: load.answers[503] >= refused + 20)
+            failing.unlink()
+        wait_until(progress(load))
+    assert_postponed(load)
     assert set(load.answers) == {200, 503}
     assert_kept(database, load.accepted)
 
@@ -398,6 +436,16 @@ def limit_file_size(pid, size):
     """Let no file of a process grow beyond `size` bytes."""
     _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, most))
+
+
+@pytest.fixture
+def sync(serve, tmp_path):
+    """A server, and the path of a file: while that exists, every fsync fails."""
+    if not shutil.which("gcc"):
+        pytest.skip("the failing fsync needs gcc")
+    failing = tmp_path / "failing"
+    library = build_library("failing_fsync.c", tmp_path)
+    return serve(LD_PRELOAD=str(library), FSYNC_FAILS=str(failing)), failing
 
 
 @contextlib.contextmanager

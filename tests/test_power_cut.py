@@ -20,11 +20,10 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import LONG, Load, build
+from conftest import LONG, Load, build, build_library
 
 CUTS = 2000 if LONG else 200
 EVENTS = 2000 if LONG else 1200
@@ -81,11 +80,7 @@ class Record(NamedTuple):
 @pytest.fixture(scope="session")
 def recorder(tmp_path_factory):
     """The recorder, built."""
-    library = tmp_path_factory.mktemp("recorder") / "recorder.so"
-    source = Path(__file__).with_name("recorder.c")
-    options = ["-O2", "-Wall", "-Werror", "-fPIC", "-shared"]
-    subprocess.run(["gcc", *options, "-o", library, source, "-ldl"], check=True)
-    return library
+    return build_library("recorder.c", tmp_path_factory.mktemp("recorder"))
 
 
 @pytest.fixture
