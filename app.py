@@ -537,7 +537,7 @@ LEAST_SECONDS = 0.2  # to wait while commits fail, for senders queue outside as 
 LAST = 2**63 - 1  # no position is greater
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 CHECKPOINT_PAGES = 8_000  # written by a process between its checkpoints: 32 MB
-WAL_PAGES = 16_000  # beyond it, writers wait a moment for readers so that the WAL can restart
+WAL_PAGES = 10_000  # beyond it, writers wait a moment for readers so that the WAL can restart
 
 JOURNAL_STATE = """
     SELECT (SELECT COALESCE(max(rowid), 0) FROM events), EXISTS (SELECT 1 FROM redactions)
@@ -696,8 +696,8 @@ class Journal:
         except BaseException as error:  # the one seam: a batch fails, the writer goes on
             if not isinstance(error, FileNotFoundError):  # it may come back, with its WAL
                 self.close()
-            for delivery in batch:
-                delivery.outcome, delivery.error = None, error
+            for delivery in batch:  # without the traceback, which would keep the connection
+                delivery.outcome, delivery.error = None, error.with_traceback(None)
             if is_obstacle(error):
                 return
             if len(batch) > 1:
@@ -748,9 +748,21 @@ class Journal:
             self.db.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
             self.db.execute("PRAGMA journal_size_limit = 67108864")  # once it has grown beyond
-            self.db.execute(JOURNAL_STATE).fetchone()  # makes the WAL
+            self.empty_wal()
             self.files = {path: identify_file(path) for path in (self.path, *wal_paths(self.path))}
         return self.db
+
+    def empty_wal(self) -> None:
+        """Copy into the database file, and sync, what the WAL holds at the start.
+
+        A commit whose fsync failed may come back when the WAL is read anew. Its redelivery
+        would be taken for a duplicate, and acknowledged without being on disk.
+        """
+        for _ in range(200):
+            if not self.db.execute("PRAGMA wal_checkpoint").fetchone()[0]:
+                return
+            time.sleep(0.01)  # another process does it
+        raise DatabaseBusyError("the WAL cannot be synced")
 
     def discard_wal(self) -> None:
         """Remove the WAL of a database that another file has replaced, unless it has gone too.
@@ -767,7 +779,8 @@ class Journal:
         if self.db:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()
-        self.db = self.checkpointer.db = None  # a checkpoint that still uses the latter closes it
+        self.db = None
+        self.checkpointer.close()
 
 
 class Checkpointer:
@@ -801,6 +814,12 @@ class Checkpointer:
         """Wait for the checkpoint that is under way, if any."""
         if self.thread:
             self.thread.join()
+
+    def close(self) -> None:
+        """Drop the connection; a checkpoint that is under way keeps it until its end."""
+        if self.db and not (self.thread and self.thread.is_alive()):
+            self.db.close()
+        self.db = None
 
     def run(self, db: sqlite3.Connection) -> None:
         """Copy what is in the WAL, again while much is added; end it when it is long."""

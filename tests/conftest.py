@@ -283,6 +283,13 @@ class Load:
         return answer.status == 200
 
 
+def children(server):
+    """Return the worker processes of a server."""
+    pid = server.process.pid
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return {int(child) for child in file.read().split()}
+
+
 def wait_until(condition, seconds=15):
     """Return when `condition()` is true; fail when it is not in time."""
     deadline = time.monotonic() + seconds

@@ -16,7 +16,7 @@ import threading
 import time
 
 import pytest
-from conftest import LONG, Load, assert_kept, build, wait_until
+from conftest import LONG, Load, assert_kept, build, children, wait_until
 
 ROUNDS = 100 if LONG else 10
 OVERLOAD_SECONDS = 30 if LONG else 5
@@ -171,13 +171,6 @@ def post_once(load, event_id):
     body = build(event_id=event_id, reference_id=event_id)
     load.post(connection, event_id, body)
     connection.close()
-
-
-def children(server):
-    """Return the worker processes of a server."""
-    pid = server.process.pid
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return {int(child) for child in file.read().split()}
 
 
 def resident_megabytes(pid):
