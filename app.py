@@ -534,6 +534,7 @@ STORED, DUPLICATE, FAILED = "stored", "duplicate", "failed"  # and UNRECOGNIZED
 
 ANSWER_SECONDS = 4.0  # Persona waits five
 LEAST_SECONDS = 0.2  # to wait while commits fail, for senders queue outside as well
+PAUSE_SECONDS = 0.001  # between a process's turns, when its last one served several
 LAST = 2**63 - 1  # no position is greater
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 CHECKPOINT_PAGES = 8_000  # written by a process between its checkpoints: 32 MB
@@ -666,6 +667,7 @@ class Journal:
 
     def write_forever(self) -> None:
         """Commit what is in line, again and again."""
+        company = False
         while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
             try:
@@ -674,6 +676,8 @@ class Journal:
                 self.stuck = None  # nothing is due
             else:
                 self.stuck = self.stuck or time.monotonic()
+                if company:  # so that another process, which has to wake up first, gets its turn
+                    time.sleep(PAUSE_SECONDS)
                 with turn(self.path):
                     with contextlib.suppress(queue.Empty):
                         while len(batch) < MAX_WAITING:
@@ -682,6 +686,7 @@ class Journal:
                 for delivery in batch:
                     delivery.done.release()
                 log_deliveries(batch)
+            company = len(batch) > 1
             self.checkpointer.add(10 + len(delivery.body) // 4096 for delivery in batch)
         self.checkpointer.join()
         self.close()
@@ -818,7 +823,8 @@ class Checkpointer:
     def close(self) -> None:
         """Drop the connection; a checkpoint that is under way keeps it until its end."""
         if self.db and not (self.thread and self.thread.is_alive()):
-            self.db.close()
+            with contextlib.suppress(sqlite3.Error):
+                self.db.close()
         self.db = None
 
     def run(self, db: sqlite3.Connection) -> None:
@@ -854,8 +860,7 @@ def take_core() -> None:
     """Keep this process on one core, the one with the fewest of its siblings.
 
     Its threads share one interpreter lock. On one core they hand it on at once; across
-    cores each hand-over wakes another core, which costs more than that core could do. As
-    batch jobs they do not interrupt one another when they wake.
+    cores each hand-over wakes another core, which costs more than that core could do.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
@@ -866,7 +871,6 @@ def take_core() -> None:
         core = min(os.sched_getaffinity(0), key=lambda core: taken.count({core}))
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), {core})
-            os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
 
 
 def identify_file(path: Path) -> tuple[int, int]:
