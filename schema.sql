@@ -63,6 +63,7 @@ CREATE TABLE IF NOT EXISTS redactions (
 ) STRICT, WITHOUT ROWID;
 
 -- One row per inquiry of which a status is known. A projection of the journal.
+-- (With rowid, as kyc_status: rows this long would make a WITHOUT ROWID tree deep and slow.)
 CREATE TABLE IF NOT EXISTS inquiries (
     inquiry_id   TEXT NOT NULL PRIMARY KEY,
     reference_id TEXT,
@@ -82,10 +83,10 @@ CREATE TABLE IF NOT EXISTS inquiries (
                      WHEN rank = 3 THEN 2    -- an outcome
                      WHEN rank >= 1 THEN 1   -- open
                      ELSE 0 END)             -- expired
-) STRICT, WITHOUT ROWID;
+) STRICT;
 
 CREATE INDEX IF NOT EXISTS inquiries_by_person
-    ON inquiries (person, class, event_at, rank, event_id);
+    ON inquiries (person, class, event_at);
 
 -- One row per person: where they stand. A projection of inquiries.
 CREATE TABLE IF NOT EXISTS kyc_status (
@@ -97,7 +98,7 @@ CREATE TABLE IF NOT EXISTS kyc_status (
     event_name   TEXT NOT NULL,
     event_at     TEXT NOT NULL,
     updated_at   TEXT NOT NULL   -- when this row last changed
-) STRICT, WITHOUT ROWID;
+) STRICT;
 
 -- Every event of a person, in order:
 --   SELECT * FROM kyc_timeline WHERE reference_id = 'user-42';
