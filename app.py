@@ -537,8 +537,8 @@ LEAST_SECONDS = 0.2  # to wait while commits fail, for senders queue outside as 
 PAUSE_SECONDS = 0.001  # between a process's turns, when its last one served several
 LAST = 2**63 - 1  # no position is greater
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
-CHECKPOINT_PAGES = 8_000  # written by a process between its checkpoints: 32 MB
-WAL_PAGES = 10_000  # beyond it, writers wait a moment for readers so that the WAL can restart
+CHECKPOINT_PAGES = 3_000  # written by a process between its checkpoints: 12 MB
+WAL_PAGES = 5_000  # beyond it, writers wait a moment for readers so that the WAL can restart
 
 JOURNAL_STATE = """
     SELECT (SELECT COALESCE(max(rowid), 0) FROM events), EXISTS (SELECT 1 FROM redactions)
@@ -828,12 +828,13 @@ class Checkpointer:
         self.db = None
 
     def run(self, db: sqlite3.Connection) -> None:
-        """Copy what is in the WAL, again while much is added; end it when it is long."""
-        with contextlib.suppress(sqlite3.Error):
+        """Copy and sync what is in the WAL, again while much is added; end it when it is long."""
+        try:
             db.execute("PRAGMA busy_timeout = 0")
             copied = 0
             while (pages := db.execute("PRAGMA wal_checkpoint").fetchone()[1]) > copied + 500:
                 copied = pages
+                sync_database(self.path)  # SQLite leaves that to the end of the WAL
             if self.scrub:
                 with turn(self.path):
                     blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
@@ -841,6 +842,8 @@ class Checkpointer:
             elif pages > self.limit:
                 with turn(self.path):
                     self.restart_wal(db, pages)
+        except (OSError, sqlite3.Error) as error:
+            log.error("the WAL could not be copied, to be tried again: %s", reason(error))
 
     def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Copy the rest, so that the next commit starts the WAL anew.
@@ -854,6 +857,21 @@ class Checkpointer:
                 return
             time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
         self.limit = WAL_PAGES
+
+
+def sync_database(path: Path) -> None:
+    """Sync the database file that SQLite has open, by SQLite's own descriptor.
+
+    To close another one would end SQLite's locks on the file. Where there is no /proc, or the
+    file has gone, SQLite's next sync has more to do.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        file = identify_file(path)
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                if identify_file(Path("/proc/self/fd", name)) == file:
+                    os.fdatasync(int(name))
+                    return
 
 
 def take_core() -> None:

@@ -1,6 +1,8 @@
 """The journal: append-only, exact, durable, and open again after every failure."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -263,6 +265,38 @@ def test_checkpoint_copies_the_wal_so_that_it_starts_anew(app, send, database):
     for _ in range(50):
         send("inquiry.approved")
     assert wal.stat().st_size == size
+
+
+def test_checkpoint_syncs_the_database_before_its_turn(app, send, database, monkeypatch):
+    checkpointer, synced = app.extensions["journal"].checkpointer, []
+    checkpointer.limit = 0
+    for _ in range(100):
+        send("inquiry.approved")
+
+    def sync(descriptor):
+        assert kyc.identify_file(f"/proc/self/fd/{descriptor}") == kyc.identify_file(database)
+        with open(f"{database}.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    checkpointer.run(checkpointer.db)
+    assert synced
+
+
+def test_checkpoint_that_fails_is_logged(app, send, monkeypatch, caplog):
+    checkpointer = app.extensions["journal"].checkpointer
+    for _ in range(100):
+        send("inquiry.approved")
+    monkeypatch.setattr(os, "fdatasync", fail)
+    checkpointer.run(checkpointer.db)
+    assert "the WAL could not be copied, to be tried again: Input/output error" in caplog.text
+    assert send("inquiry.approved").status_code == 200
+
+
+def fail(_):
+    """Do as a broken disk does."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_backup_put_in_place_of_the_database_is_taken_over(app, send, database, flask):
