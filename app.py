@@ -258,8 +258,50 @@ def wal_paths(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Wait in line with the other writers, however long, then hold the lock for the block.
+
+    The next in line waits for the lock alone, behind a gate that keeps out the others. So who
+    lets go of the lock cannot take it again before the next: processes take turns.
+    """
+    lock = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        move_gate(lock, fcntl.F_WRLCK)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        move_gate(lock, fcntl.F_UNLCK)
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not, if the process has forked
+        os.close(lock)
+
+
+def move_gate(lock: int, movement: int) -> None:
+    """Wait until the gate before the lock is open, and shut it; or open it again.
+
+    It is another kind of lock on the same file. Where there is none, as on macOS, processes
+    may have to wait longer.
+    """
+    if hasattr(fcntl, "F_OFD_SETLKW"):
+        with contextlib.suppress(OSError):
+            whole_file = struct.pack("hhqqi4x", movement, os.SEEK_SET, 0, 0, 0)
+            fcntl.fcntl(lock, fcntl.F_OFD_SETLKW, whole_file)
+
+
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Hold the writers' lock for the block, or go without when there is no lock file.
+
+    For the service's threads. SQLite's own locks have to do then.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(hold_lock(path))
+        yield
+
+
+@contextlib.contextmanager
 def write_lock(path: Path, seconds: int = 10) -> Iterator[None]:
-    """Wait in line with the service's writers, then hold the lock for the block.
+    """Hold the writers' lock for the block.
 
     For commands and start-up, in the main thread. Raises DatabaseError after `seconds`.
     """
@@ -267,36 +309,15 @@ def write_lock(path: Path, seconds: int = 10) -> Iterator[None]:
     def give_up(*_: object) -> None:
         raise DatabaseBusyError("another process holds the lock file")
 
-    file = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
     previous = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(seconds)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        signal.alarm(0)
-        yield
-        fcntl.flock(file, fcntl.LOCK_UN)  # closing would not, if the process has forked
+        with hold_lock(path):
+            signal.alarm(0)
+            yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-        os.close(file)
-
-
-@contextlib.contextmanager
-def turn(path: Path) -> Iterator[None]:
-    """Wait in line with the other writers, however long, then hold the lock for the block.
-
-    For the service's threads. Without a lock file, SQLite's own locks have to do.
-    """
-    lock = None
-    with contextlib.suppress(OSError):
-        lock = os.open(lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            os.close(lock)
 
 
 def utc_now() -> str:
@@ -534,7 +555,6 @@ STORED, DUPLICATE, FAILED = "stored", "duplicate", "failed"  # and UNRECOGNIZED
 
 ANSWER_SECONDS = 4.0  # Persona waits five
 LEAST_SECONDS = 0.2  # to wait while commits fail, for senders queue outside as well
-PAUSE_SECONDS = 0.001  # between a process's turns, when its last one served several
 LAST = 2**63 - 1  # no position is greater
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 CHECKPOINT_PAGES = 3_000  # written by a process between its checkpoints: 12 MB
@@ -608,10 +628,11 @@ class Journal:
       survives, and the next commit starts on a fresh connection.
     - No request waits longer than ANSWER_SECONDS. A delivery that is given up may still be
       committed later; its redelivery is then a duplicate.
-    - No delivery waits while the WAL is copied: see Checkpointer.
-    - Between processes the lock file queues the writers in the kernel, in turn, so SQLite's
-      busy handler is met only when a stranger writes. The lock is for fairness and speed;
-      correctness rests on SQLite's own locks.
+    - No delivery waits while the WAL is copied, but for the end of a long one: see
+      Checkpointer.
+    - Between processes the lock file queues the writers in the kernel, and each gets its
+      turn (see hold_lock), so SQLite's busy handler is met only when a stranger writes. The
+      lock is for fairness and speed; correctness rests on SQLite's own locks.
     - The connection and the thread belong to the process that first appends: they are made
       after a fork, never before.
     """
@@ -667,29 +688,29 @@ class Journal:
 
     def write_forever(self) -> None:
         """Commit what is in line, again and again."""
-        company = False
         while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
-            try:
+            with contextlib.suppress(queue.Empty):
                 batch.append(self.line.get(timeout=1.0))
-            except queue.Empty:
-                self.stuck = None  # nothing is due
+            if batch:
+                self.serve(batch)
             else:
-                self.stuck = self.stuck or time.monotonic()
-                if company:  # so that another process, which has to wake up first, gets its turn
-                    time.sleep(PAUSE_SECONDS)
-                with turn(self.path):
-                    with contextlib.suppress(queue.Empty):
-                        while len(batch) < MAX_WAITING:
-                            batch.append(self.line.get_nowait())
-                    self.settle(batch)
-                for delivery in batch:
-                    delivery.done.release()
-                log_deliveries(batch)
-            company = len(batch) > 1
+                self.stuck = None  # nothing is due
             self.checkpointer.add(10 + len(delivery.body) // 4096 for delivery in batch)
         self.checkpointer.join()
         self.close()
+
+    def serve(self, batch: list[Delivery]) -> None:
+        """Commit `batch`, with what else is in line when its turn comes; wake the requests."""
+        self.stuck = self.stuck or time.monotonic()
+        with turn(self.path):
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < MAX_WAITING:
+                    batch.append(self.line.get_nowait())
+            self.settle(batch)
+        for delivery in batch:
+            delivery.done.release()
+        log_deliveries(batch)
 
     def settle(self, batch: list[Delivery]) -> None:
         """Commit `batch`; if an event is to blame for a failure, each event by itself.

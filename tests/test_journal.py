@@ -4,18 +4,21 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import signal
 import socket
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import PAYLOADS, build, sign, wait_until
+from conftest import PAYLOADS, ROOT, build, sign, wait_until
 
 import app as kyc
 
@@ -211,6 +214,38 @@ def exit_status(child):
         os.kill(child, signal.SIGKILL)  # nothing to one that has ended
         status = os.waitpid(child, 0)[1]
     return status
+
+
+TAKE_TURNS = """
+import os, sys, time
+from pathlib import Path
+import app as kyc
+letter, database, order = sys.argv[1:]
+order = os.open(order, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+for _ in range(150):
+    with kyc.turn(Path(database)):
+        os.write(order, letter.encode())
+        time.sleep(0.002)
+"""
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLKW"), reason="there is no gate")
+def test_processes_take_turns(database, tmp_path):
+    order, environ = tmp_path / "order", os.environ | {"FLASK_RUN_FROM_CLI": "true"}
+    command = [sys.executable, "-c", TAKE_TURNS]
+    children = [
+        subprocess.Popen([*command, letter, database, order], env=environ, cwd=ROOT)
+        for letter in "abc"
+    ]
+    try:
+        assert [child.wait(30) for child in children] == [0, 0, 0]
+    finally:
+        for child in children:
+            child.kill()
+    turns = order.read_text()
+    together = turns[max(map(turns.index, "abc")) : min(map(turns.rindex, "abc"))]
+    handed_on = sum(one != next for one, next in itertools.pairwise(together))
+    assert handed_on > 0.9 * len(together) > 0
 
 
 def test_wal_stays_bounded_beside_a_reader_that_comes_and_goes(app, database, monkeypatch):
