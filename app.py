@@ -1145,9 +1145,8 @@ LATE_EVENTS = """
         SELECT e.inquiry_id UNION SELECT e.account_id UNION SELECT e.reference_id
         UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id
         UNION SELECT reference_id FROM events WHERE inquiry_id = e.inquiry_id
-        UNION SELECT reference_id FROM events WHERE account_id = e.account_id
-        UNION SELECT other.reference_id FROM events AS own JOIN events AS other
-            USING (account_id) WHERE own.inquiry_id = e.inquiry_id)
+        UNION SELECT reference_id FROM events WHERE account_id IN (
+            SELECT e.account_id UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id))
     WHERE e.rowid > ?
 """
 
@@ -1517,12 +1516,13 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
         yield
 
 
-def scrub_wal(db: sqlite3.Connection) -> None:
-    """Empty the WAL, so that removed bodies are gone from the disk's files as bytes."""
+def scrub_wal(db: sqlite3.Connection, removed: int) -> None:
+    """Empty the WAL, so that removed bodies are gone from the files as bytes; say how many."""
     db.execute("PRAGMA busy_timeout = 0")  # wait for readers without stopping the service
     for _ in range(50):
         with write_lock(current_app.config["KYC"].database):
             if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                click.echo(f"{removed} {'body' if removed == 1 else 'bodies'} removed")
                 return
         time.sleep(0.1)
     raise DatabaseError("removed, but a reader keeps the bytes in the WAL: end it, run this again")
@@ -2107,8 +2107,7 @@ def redact_command(subject: str, yes: bool) -> None:
         confirm(f"Remove the bodies of {bodies} of {found} events of {subject}?", yes)
         with writing(db):
             removed = redact(db, subject, LATEST, utc_now())
-        scrub_wal(db)
-    click.echo(f"{removed} {'body' if removed == 1 else 'bodies'} removed")
+        scrub_wal(db, removed)
 
 
 LATEST = "9999-12-31T23:59:59.999Z"  # after any event
@@ -2149,8 +2148,7 @@ def prune(before: str, yes: bool) -> None:
                 with writing(db):
                     chunk = (utc_now(), first, first + CHUNK, before)
                     removed += db.execute(PRUNE, chunk).rowcount
-        scrub_wal(db)
-    click.echo(f"{removed} {'body' if removed == 1 else 'bodies'} removed")
+        scrub_wal(db, removed)
 
 
 # flask backup, check: keep
