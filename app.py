@@ -191,15 +191,7 @@ def prepare_database(path: Path) -> None:
         for file in (path, lock_path(path)):
             os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
         with write_lock(path), contextlib.closing(connect(path)) as db:
-            if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-                raise DatabaseError("its disk does not support WAL")
-            if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-                db.executescript("BEGIN IMMEDIATE;" + schema + "COMMIT;")
-            db.execute(JOURNAL_STATE).fetchone()  # fails here on another application's file
-            with transaction(db):
-                db.execute(PROBE)  # fails here, not at the first event, when read-only
-            db.execute("PRAGMA busy_timeout = 0")  # a reader must not hold up the other workers
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process redacted
+            apply_schema(db, schema)
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)  # the new files' names must last, too
         os.close(directory)
@@ -208,6 +200,19 @@ def prepare_database(path: Path) -> None:
     except (sqlite3.Error, DatabaseBusyError) as error:
         kind = DatabaseBusyError if is_obstacle(error) and is_prepared(path) else DatabaseError
         raise kind(str(error)) from None
+
+
+def apply_schema(db: sqlite3.Connection, schema: str) -> None:
+    """Bring an open database up to date, and try whether it takes events."""
+    if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+        raise DatabaseError("its disk does not support WAL")
+    if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+        db.executescript("BEGIN IMMEDIATE;" + schema + "COMMIT;")
+    db.execute(JOURNAL_STATE).fetchone()  # fails here on another application's file
+    with transaction(db):
+        db.execute(PROBE)  # fails here, not at the first event, when read-only
+    db.execute("PRAGMA busy_timeout = 0")  # a reader must not hold up the other workers
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process redacted
 
 
 def is_gone(path: Path) -> bool:
