@@ -1150,8 +1150,8 @@ LATE_EVENTS = """
         SELECT e.inquiry_id UNION SELECT e.account_id UNION SELECT e.reference_id
         UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id
         UNION SELECT reference_id FROM events WHERE inquiry_id = e.inquiry_id
-        UNION SELECT reference_id FROM events WHERE account_id IN (
-            SELECT e.account_id UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id))
+        UNION SELECT reference_id FROM events WHERE account_id IN (SELECT e.account_id
+            UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id))
     WHERE e.rowid > ?
 """
 
