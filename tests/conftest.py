@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import http.client
 import json
@@ -222,8 +223,8 @@ def flask(environ):
 class Load:
     """Clients that post new events until the block ends, each event until it is accepted."""
 
-    def __init__(self, port, clients=8, prefix="load", *, keep=True, padding=0, timeout=10):
-        self.port, self.prefix, self.keep, self.timeout = port, prefix, keep, timeout
+    def __init__(self, port, clients=8, prefix="load", *, padding=0, timeout=10):
+        self.port, self.prefix, self.timeout = port, prefix, timeout
         self.accepted = {}  # event ID -> the body that got a 200
         self.answers = collections.Counter()  # status, or kind of failure -> how often
         self.seconds = []  # of each answer
@@ -264,8 +265,6 @@ class Load:
     def post(self, connection, event_id, body):
         """Deliver one event; return whether it was accepted."""
         headers = {**sign(body), "X-Request-Id": event_id}
-        if not self.keep:
-            headers["Connection"] = "close"
         start = time.monotonic()
         try:
             connection.request("POST", "/webhooks/persona", body, headers)
@@ -281,6 +280,38 @@ class Load:
         if answer.status == 200:
             self.accepted[event_id] = body
         return answer.status == 200
+
+
+@contextlib.contextmanager
+def locked_file(database):
+    """Hold the lock file for the block."""
+    with open(f"{database}.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def readers(database, number):
+    """Let some connections read for the block, in one transaction of 50 ms after another."""
+    stop = threading.Event()
+
+    def read():
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+            while not stop.is_set():
+                db.execute("BEGIN")
+                db.execute("SELECT max(rowid) FROM events").fetchone()
+                time.sleep(0.05)
+                db.execute("COMMIT")
+
+    threads = [threading.Thread(target=read) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def children(server):

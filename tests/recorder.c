@@ -104,14 +104,17 @@ static int opened(int file, const char *path, int flags)
 	return file;
 }
 
+#define READ_MODE \
+	va_list rest; \
+	va_start(rest, flags); \
+	mode_t mode = (flags & (O_CREAT | O_TMPFILE)) ? va_arg(rest, mode_t) : 0; \
+	va_end(rest);
+
 #define OPEN(function) \
 EXPORT int function(const char *path, int flags, ...) \
 { \
 	REAL(function); \
-	va_list rest; \
-	va_start(rest, flags); \
-	mode_t mode = (flags & (O_CREAT | O_TMPFILE)) ? va_arg(rest, mode_t) : 0; \
-	va_end(rest); \
+	READ_MODE \
 	return opened(real(path, flags, mode), path, flags); \
 }
 OPEN(open)
@@ -121,10 +124,7 @@ OPEN(open64)
 EXPORT int function(int folder, const char *path, int flags, ...) \
 { \
 	REAL(function); \
-	va_list rest; \
-	va_start(rest, flags); \
-	mode_t mode = (flags & (O_CREAT | O_TMPFILE)) ? va_arg(rest, mode_t) : 0; \
-	va_end(rest); \
+	READ_MODE \
 	return opened(real(folder, path, flags, mode), path, flags); \
 }
 OPENAT(openat)

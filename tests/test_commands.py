@@ -1,7 +1,6 @@
 """The commands, run as an operator runs them, beside a real server."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pty
@@ -17,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import PAYLOADS, ROOT, build
+from conftest import PAYLOADS, ROOT, build, locked_file
 
 import app as kyc
 
@@ -645,8 +644,7 @@ def arguments(command):
 
 
 def test_held_lock_file_is_one_line(failed, flask, database):
-    with database.with_name("kyc.db.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked_file(database):
         assert_one_line(flask("replay", check=False), "lock file")
 
 

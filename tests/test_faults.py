@@ -4,7 +4,6 @@ LONG=1 loads the WAL for 60 seconds instead of 5.
 """
 
 import contextlib
-import fcntl
 import os
 import resource
 import shutil
@@ -16,7 +15,18 @@ import threading
 import time
 
 import pytest
-from conftest import LONG, Load, assert_kept, build, build_library, children, sign, wait_until
+from conftest import (
+    LONG,
+    Load,
+    assert_kept,
+    build,
+    build_library,
+    children,
+    locked_file,
+    readers,
+    sign,
+    wait_until,
+)
 
 LOAD_SECONDS = 60 if LONG else 5
 ANSWER_SECONDS = 5  # Persona waits no longer
@@ -348,17 +358,11 @@ def test_worker_that_starts_on_a_full_disk_ends_nothing(serve, small_disk):
 
 def test_wal_stays_bounded_while_readers_come_and_go(serve, database):
     server = serve("--workers", "2")
-    stop, sizes = threading.Event(), []
-    readers = [threading.Thread(target=read, args=(database, stop)) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    with Load(server.port, clients=6, padding=300_000) as load:
+    sizes = []
+    with readers(database, 2), Load(server.port, clients=6, padding=300_000) as load:
         for _ in range(LOAD_SECONDS * 10):
             time.sleep(0.1)
             sizes.append(os.path.getsize(f"{database}-wal"))
-    stop.set()
-    for reader in readers:
-        reader.join()
     written = sum(len(body) for body in load.accepted.values())
     print(f"{written >> 20} MB accepted, WAL up to {max(sizes) >> 20} MB")
     assert written > 150 << 20
@@ -484,24 +488,6 @@ def locked_database(database):
         db.execute("BEGIN IMMEDIATE")
         yield
         db.execute("ROLLBACK")
-
-
-@contextlib.contextmanager
-def locked_file(database):
-    """Hold the lock file for the block."""
-    with open(f"{database}.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def read(database, stop):
-    """Read in one transaction after another, each of 50 ms, until told to stop."""
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
-        while not stop.is_set():
-            db.execute("BEGIN")
-            db.execute("SELECT max(rowid) FROM events").fetchone()
-            time.sleep(0.05)
-            db.execute("COMMIT")
 
 
 @contextlib.contextmanager

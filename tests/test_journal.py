@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PAYLOADS, ROOT, build, sign, wait_until
+from conftest import PAYLOADS, ROOT, build, readers, sign, wait_until
 
 import app as kyc
 
@@ -253,23 +253,10 @@ def test_wal_stays_bounded_beside_a_reader_that_comes_and_goes(app, database, mo
     monkeypatch.setattr(kyc, "WAL_PAGES", 300)
     journal = app.extensions["journal"]
     journal.checkpointer.limit = 300
-    done = threading.Event()
-
-    def read():
-        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
-            while not done.is_set():
-                reader.execute("BEGIN")
-                reader.execute("SELECT count(*) FROM events").fetchone()
-                time.sleep(0.05)
-                reader.execute("COMMIT")
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    for number in range(600):
-        event = kyc.Event(f"evt_{number}", "a.b", kyc.utc_now())
-        journal.append(kyc.Delivery(event, b"x" * 3000, kyc.utc_now()))
-    done.set()
-    thread.join()
+    with readers(database, 1):
+        for number in range(600):
+            event = kyc.Event(f"evt_{number}", "a.b", kyc.utc_now())
+            journal.append(kyc.Delivery(event, b"x" * 3000, kyc.utc_now()))
     assert database.with_name("kyc.db-wal").stat().st_size < 600 * 4120
 
 

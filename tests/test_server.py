@@ -4,7 +4,6 @@ LONG=1 runs 100 rounds of SIGKILL instead of 10, and 30 seconds of overload inst
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import random
@@ -16,7 +15,7 @@ import threading
 import time
 
 import pytest
-from conftest import LONG, Load, assert_kept, build, children, wait_until
+from conftest import LONG, Load, assert_kept, build, children, locked_file, wait_until
 
 ROUNDS = 100 if LONG else 10
 OVERLOAD_SECONDS = 30 if LONG else 5
@@ -77,7 +76,7 @@ app = kyc.app
 
 def test_reload_under_load_refuses_and_loses_nothing(serve, database):
     server = serve("--workers", "2")
-    with Load(server.port, clients=6, keep=False) as load:
+    with Load(server.port, clients=6) as load:
         for _ in range(2):
             before = children(server)
             os.kill(server.process.pid, signal.SIGHUP)
@@ -103,8 +102,7 @@ def test_requests_in_line_are_answered_before_a_worker_ends(serve, database, num
     server = serve()
     load = Load(server.port)
     threads = []
-    with open(f"{database}.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked_file(database):
         for n in range(10):
             threads.append(threading.Thread(target=post_once, args=(load, f"evt_{n}")))
             threads[-1].start()

@@ -1,12 +1,13 @@
 """Start-up: a wrong setting stops the service with one line that names it."""
 
 import contextlib
+import os
 import sqlite3
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SECRET, Server, build
+from conftest import ROOT, SECRET, Server, build, procfile_flags
 
 import app as kyc
 
@@ -139,6 +140,15 @@ def test_unusable_database_stops_a_real_start(environ, tmp_path):
     missing = str(tmp_path / "missing" / "kyc.db")
     words = refusal({**environ, "KYC_DATABASE": missing})
     assert f"app.py: KYC_DATABASE {missing}: No such file or directory\n" in words
+
+
+def test_local_server_has_the_flags_of_the_procfile(monkeypatch):
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setenv("PERSONA_WEBHOOK_SECRET", SECRET)
+    kyc.serve_locally()
+    flags = procfile_flags()
+    assert commands[0][: 3 + len(flags)] == [sys.executable, "-m", "gunicorn", *flags]
 
 
 def test_local_trial_serves_with_the_development_secret(tmp_path):
