@@ -140,13 +140,12 @@ def measure_all(bench: Bench) -> None:
 def measure(bench: Bench, case: Case) -> Run:
     """Run one case once: start, warm up, load, stop, and check that nothing is missing."""
     with contextlib.ExitStack() as stack:
-        database = bench.full_database
-        if not case.stored:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=bench.folder))
-            database = Path(folder) / "kyc.db"
-        before = count_rows(database) if case.stored else 0
         if case.stored:
+            database, before = bench.full_database, count_rows(bench.full_database)
             warm_cache(database)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=bench.folder))
+            database, before = Path(folder) / "kyc.db", 0
         with Server(case.name, database, bench.shim if case.slow else None, case.kept) as server:
             warm_up = load(bench, server, case.connections, WARM_UP_SECONDS, skip=0)
             server.settle()
