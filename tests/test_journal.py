@@ -306,13 +306,13 @@ def test_checkpoint_syncs_the_database_before_its_turn(app, send, database, monk
     assert synced
 
 
-def test_checkpoint_that_fails_is_logged(app, send, monkeypatch, caplog):
+def test_checkpoint_that_fails_is_logged(app, send, monkeypatch, log):
     checkpointer = app.extensions["journal"].checkpointer
     for _ in range(100):
         send("inquiry.approved")
     monkeypatch.setattr(os, "fdatasync", fail)
     checkpointer.run(checkpointer.db)
-    assert "the WAL could not be copied, to be tried again: Input/output error" in caplog.text
+    assert "the WAL could not be copied, to be tried again: Input/output error" in log.text
     assert send("inquiry.approved").status_code == 200
 
 
