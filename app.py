@@ -1521,13 +1521,18 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
         yield
 
 
-def scrub_wal(db: sqlite3.Connection, removed: int) -> None:
-    """Empty the WAL, so that removed bodies are gone from the files as bytes; say how many."""
+def report_removal(db: sqlite3.Connection, removed: int) -> None:
+    """Say how many bodies were removed, when they are gone from the files as bytes, too."""
+    scrub_wal(db)
+    click.echo(f"{removed} {'body' if removed == 1 else 'bodies'} removed")
+
+
+def scrub_wal(db: sqlite3.Connection) -> None:
+    """Empty the WAL, so that removed bodies are gone from the disk's files as bytes."""
     db.execute("PRAGMA busy_timeout = 0")  # wait for readers without stopping the service
     for _ in range(50):
         with write_lock(current_app.config["KYC"].database):
             if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                click.echo(f"{removed} {'body' if removed == 1 else 'bodies'} removed")
                 return
         time.sleep(0.1)
     raise DatabaseError("removed, but a reader keeps the bytes in the WAL: end it, run this again")
@@ -2112,7 +2117,7 @@ def redact_command(subject: str, yes: bool) -> None:
         confirm(f"Remove the bodies of {bodies} of {found} events of {subject}?", yes)
         with writing(db):
             removed = redact(db, subject, LATEST, utc_now())
-        scrub_wal(db, removed)
+        report_removal(db, removed)
 
 
 LATEST = "9999-12-31T23:59:59.999Z"  # after any event
@@ -2153,7 +2158,7 @@ def prune(before: str, yes: bool) -> None:
                 with writing(db):
                     chunk = (utc_now(), first, first + CHUNK, before)
                     removed += db.execute(PRUNE, chunk).rowcount
-        scrub_wal(db, removed)
+        report_removal(db, removed)
 
 
 # flask backup, check: keep
