@@ -818,7 +818,7 @@ class Checkpointer:
     """Copies the WAL into the database file, in a thread of its own, beside the commits.
 
     Now and then the rest is copied in a turn, when no commit adds to it, so that the next
-    one can start the WAL anew. What fails is tried again later; the commits find out why.
+    one can start the WAL anew. What fails is logged, and tried again later.
     """
 
     def __init__(self, path: Path):
@@ -891,13 +891,11 @@ def sync_database(path: Path) -> None:
     To close another one would end SQLite's locks on the file. Where there is no /proc, or the
     file has gone, SQLite's next sync has more to do.
     """
-    with contextlib.suppress(FileNotFoundError):
-        file = identify_file(path)
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(FileNotFoundError):  # closed since
-                if identify_file(Path("/proc/self/fd", name)) == file:
-                    os.fdatasync(int(name))
-                    return
+    for descriptor in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # this one, or the database
+            if descriptor.samefile(path):
+                os.fdatasync(int(descriptor.name))
+                return
 
 
 def take_core() -> None:
