@@ -772,10 +772,12 @@ class Journal:
                 with contextlib.suppress(sqlite3.Error):
                     self.db.execute("PRAGMA wal_checkpoint")  # into the file that was moved away
             self.close()
+            self.checkpointer.leave_file()
             self.discard_wal()
         if self.db is None:
             take_core()
-            self.db, self.checkpointer.db = connect(self.path), connect(self.path)
+            self.checkpointer.open()
+            self.db = connect(self.path)
             self.db.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
             self.db.execute("PRAGMA journal_size_limit = 67108864")  # once it has grown beyond
@@ -823,12 +825,29 @@ class Checkpointer:
 
     def __init__(self, path: Path):
         self.path = path
-        self.db: sqlite3.Connection | None = None  # the journal opens it with its own
+        self.db: sqlite3.Connection | None = None
+        self.file = -1  # a descriptor of the database, to sync it by
         self.thread: threading.Thread | None = None
         self.pages = 0  # about, that were written since the last start
         self.limit = WAL_PAGES
         self.scrub = False  # redacted bytes are still in the WAL
         self.scrubbed = 0.0  # when that was last tried
+
+    def open(self) -> None:
+        """Connect to the database.
+
+        A descriptor of our own syncs it: what that reports once, SQLite's is told, too. It
+        stays open beyond the connection, because to close it would end SQLite's locks.
+        """
+        if self.file < 0:
+            self.file = os.open(self.path, os.O_RDONLY)
+        self.db = connect(self.path)
+
+    def leave_file(self) -> None:
+        """Let go of a database that another file has replaced."""
+        if self.file >= 0:
+            os.close(self.file)
+        self.file = -1
 
     def add(self, pages: Iterable[int]) -> None:
         """Count written pages; start a checkpoint when one is due and none is under way."""
@@ -855,12 +874,13 @@ class Checkpointer:
 
     def run(self, db: sqlite3.Connection) -> None:
         """Copy and sync what is in the WAL, again while much is added; end it when it is long."""
+        sync = getattr(os, "fdatasync", os.fsync)  # macOS has fsync alone
         try:
             db.execute("PRAGMA busy_timeout = 0")
             copied = 0
             while (pages := db.execute("PRAGMA wal_checkpoint").fetchone()[1]) > copied + 500:
                 copied = pages
-                sync_database(self.path)  # SQLite leaves that to the end of the WAL
+                sync(self.file)  # SQLite leaves that to the end of the WAL
             if self.scrub:
                 with turn(self.path):
                     blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
@@ -883,19 +903,6 @@ class Checkpointer:
                 return
             time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
         self.limit = WAL_PAGES
-
-
-def sync_database(path: Path) -> None:
-    """Sync the database file that SQLite has open, by SQLite's own descriptor.
-
-    To close another one would end SQLite's locks on the file. Where there is no /proc, or the
-    file has gone, SQLite's next sync has more to do.
-    """
-    for descriptor in Path("/proc/self/fd").glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # this one, or the database
-            if descriptor.samefile(path):
-                os.fdatasync(int(descriptor.name))
-                return
 
 
 def take_core() -> None:

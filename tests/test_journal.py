@@ -331,6 +331,24 @@ def test_backup_put_in_place_of_the_database_is_taken_over(app, send, database, 
     assert send("inquiry.approved", event_id="evt_3").status_code == 200
     assert stored(aside) == ["evt_1", "evt_2"]
     assert stored(database) == ["evt_1", "evt_3"]
+    assert os.fspath(aside) not in open_files()
+
+
+def open_files():
+    """Return the paths of this process's open files."""
+    links = [f"/proc/self/fd/{descriptor}" for descriptor in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.lexists(link)]
+
+
+def test_failed_commits_leave_no_file_open(app, send, database, monkeypatch):
+    send("inquiry.approved")
+    before = open_files().count(os.fspath(database))
+    with monkeypatch.context() as broken:
+        broken.setattr(kyc, "project", lambda *_: fail(None))
+        for _ in range(5):
+            assert send("inquiry.approved").status_code == 503
+    assert send("inquiry.approved").status_code == 200
+    assert open_files().count(os.fspath(database)) == before == 3
 
 
 def stored(path):
