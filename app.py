@@ -878,7 +878,7 @@ class Checkpointer:
         try:
             db.execute("PRAGMA busy_timeout = 0")
             copied = 0
-            while (pages := db.execute("PRAGMA wal_checkpoint").fetchone()[1]) > copied + 500:
+            while (pages := self.copy(db)) > copied + 500:
                 copied = pages
                 sync(self.file)  # SQLite leaves that to the end of the WAL
             if self.scrub:
@@ -890,6 +890,17 @@ class Checkpointer:
                     self.restart_wal(db, pages)
         except (OSError, sqlite3.Error) as error:
             log.error("the WAL could not be copied, to be tried again: %s", reason(error))
+
+    def copy(self, db: sqlite3.Connection) -> int:
+        """Copy what the WAL holds while commits add to it; return how many pages it has.
+
+        A reader keeps them from starting the WAL anew meanwhile. Without it, SQLite before
+        3.51.3 may take new pages for copied ones: see https://sqlite.org/wal.html#walresetbug
+        """
+        with contextlib.closing(connect(self.path, readonly=True)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT 1 FROM events").fetchone()
+            return db.execute("PRAGMA wal_checkpoint").fetchone()[1]
 
     def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Copy the rest, so that the next commit starts the WAL anew.

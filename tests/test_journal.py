@@ -306,6 +306,31 @@ def test_checkpoint_syncs_the_database_before_its_turn(app, send, database, monk
     assert synced
 
 
+def test_no_commit_starts_the_wal_anew_during_a_checkpoint(app, send, database):
+    checkpointer = app.extensions["journal"].checkpointer
+    for _ in range(20):
+        send("inquiry.approved")
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+
+        class Connection:
+            """Have all pages copied, and one written, at the moment a checkpoint begins."""
+
+            def execute(self, statement):
+                if statement == "PRAGMA wal_checkpoint":
+                    assert other.execute(statement).fetchone()[0] == 0
+                    size = wal_pages(other)
+                    send("inquiry.approved")
+                    assert wal_pages(other) > size
+                return checkpointer.db.execute(statement)
+
+        checkpointer.run(Connection())
+
+
+def wal_pages(db):
+    """Return how many pages the WAL has."""
+    return db.execute("PRAGMA wal_checkpoint").fetchone()[1]
+
+
 def test_checkpoint_that_fails_is_logged(app, send, monkeypatch, log):
     checkpointer = app.extensions["journal"].checkpointer
     for _ in range(100):
