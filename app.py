@@ -654,7 +654,7 @@ class Journal:
         self.thread: threading.Thread | None = None
         self.db: sqlite3.Connection | None = None
         self.checkpointer = Checkpointer(self.path)
-        self.files: dict[Path, tuple[int, int]] = {}  # the database, its WAL and WAL index
+        self.files: dict[Path, int] = {}  # descriptors of the database, its WAL and WAL index
         self.stuck: float | None = None  # since when no commit has succeeded, though one was due
         self.stopping = False
 
@@ -765,13 +765,16 @@ class Journal:
             delivery.outcome = delivery.outcome or STORED
 
     def open(self) -> sqlite3.Connection:
-        """Return the connection; open it anew when the file at the path is another one."""
-        file = identify_file(self.path)
-        if self.files.get(self.path, file) != file:
-            if self.db:
-                with contextlib.suppress(sqlite3.Error):
-                    self.db.execute("PRAGMA wal_checkpoint")  # into the file that was moved away
+        """Return the connection; open it anew when a file at its paths is another one."""
+        self.path.stat()  # while the database is gone, it may come back
+        changed = [path for path in self.files if not self.is_same(path)]
+        if changed and self.db:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("PRAGMA wal_checkpoint")  # into the file that it belongs to
+            if self.path not in changed:  # what is stored now would be lost with the WAL
+                raise FileNotFoundError(errno.ENOENT, "the WAL is gone: bring it back, or restart")
             self.close()
+        if self.path in changed:
             self.checkpointer.leave_file()
             self.discard_wal()
         if self.db is None:
@@ -782,8 +785,23 @@ class Journal:
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
             self.db.execute("PRAGMA journal_size_limit = 67108864")  # once it has grown beyond
             self.empty_wal()
-            self.files = {path: identify_file(path) for path in (self.path, *wal_paths(self.path))}
+            self.hold_files()
         return self.db
+
+    def is_same(self, path: Path) -> bool:
+        """Tell whether the file at `path` is the one that was opened."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self.files[path]))
+        except FileNotFoundError:
+            return False
+
+    def hold_files(self) -> None:
+        """Note which files are open; no other file gets their inodes while they are held."""
+        for path in (self.path, *wal_paths(self.path)):
+            if path in self.files and not self.is_same(path):
+                os.close(self.files.pop(path))
+            if path not in self.files:
+                self.files[path] = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
 
     def empty_wal(self) -> None:
         """Copy into the database file, and sync, what the WAL holds at the start.
@@ -803,9 +821,8 @@ class Journal:
         SQLite would take it for the new file's, and damage that.
         """
         for path in wal_paths(self.path):
-            with contextlib.suppress(FileNotFoundError):
-                if identify_file(path) == self.files.get(path):
-                    path.unlink()
+            if path in self.files and self.is_same(path):
+                path.unlink()
 
     def close(self) -> None:
         """Drop the connections, whatever state they are in."""
@@ -931,12 +948,6 @@ def take_core() -> None:
         core = min(os.sched_getaffinity(0), key=lambda core: taken.count({core}))
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), {core})
-
-
-def identify_file(path: Path) -> tuple[int, int]:
-    """Return what tells a file from another at the same path: device and inode."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
 
 
 def read_journal(db: sqlite3.Connection, after: int, until: int = LAST) -> list[Event]:
