@@ -907,6 +907,8 @@ class Checkpointer:
                     self.restart_wal(db, pages)
         except (OSError, sqlite3.Error) as error:
             log.error("the WAL could not be copied, to be tried again: %s", reason(error))
+            with turn(self.path):
+                self.copy_again()
 
     def copy(self, db: sqlite3.Connection) -> int:
         """Copy what the WAL holds while commits add to it; return how many pages it has.
@@ -918,6 +920,18 @@ class Checkpointer:
             reader.execute("BEGIN")
             reader.execute("SELECT 1 FROM events").fetchone()
             return db.execute("PRAGMA wal_checkpoint").fetchone()[1]
+
+    def copy_again(self) -> None:
+        """Have all of the WAL copied once more, also what SQLite counts as copied.
+
+        A failed sync is reported once; what it has lost, the next one does not miss. The count
+        is at byte 96 of the WAL index (https://sqlite.org/walformat.html), which SQLite has
+        open: to open it here, and close it, would end SQLite's locks.
+        """
+        for descriptor in Path("/proc/self/fd").glob("*"):
+            with contextlib.suppress(OSError):  # it is gone, or only names the file
+                if descriptor.samefile(wal_paths(self.path)[1]):
+                    os.pwrite(int(descriptor.name), bytes(4), 96)
 
     def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Copy the rest, so that the next commit starts the WAL anew.

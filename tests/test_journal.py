@@ -341,6 +341,26 @@ def test_checkpoint_that_fails_is_logged(app, send, monkeypatch, log):
     assert send("inquiry.approved").status_code == 200
 
 
+def test_pages_that_a_failed_sync_has_lost_are_copied_again(app, send, database, monkeypatch):
+    checkpointer, before = app.extensions["journal"].checkpointer, database.with_name("before")
+    send("inquiry.approved", event_id="evt_0")
+    subprocess.run(["cp", database, before], check=True)
+    for number in range(1, 100):
+        send("inquiry.approved", event_id=f"evt_{number}")
+
+    def lose(_):
+        subprocess.run(["cp", before, database], check=True)
+        fail(_)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", lose)
+        checkpointer.run(checkpointer.db)
+    checkpointer.limit = 0
+    checkpointer.run(checkpointer.db)
+    app.extensions["journal"].close()
+    assert stored(database) == [f"evt_{number}" for number in range(100)]
+
+
 def fail(_):
     """Do as a broken disk does."""
     raise OSError(errno.EIO, os.strerror(errno.EIO))
