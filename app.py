@@ -86,7 +86,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
         secrets=read_secrets(environ),
         tolerance=read_number(environ, "PERSONA_SIGNATURE_TOLERANCE", 300, 0, 10**9),
         scheme=scheme,
-        database=Path(database).absolute(),
+        database=Path(database).resolve(),  # SQLite puts the WAL where a link leads
         max_body_bytes=read_number(environ, "MAX_BODY_BYTES", 2 * 1024 * 1024, 1, 500_000_000),
     )
 
@@ -122,7 +122,7 @@ def read_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 1
-PROBE = "PRAGMA user_version = 1"  # SCHEMA_VERSION again: a commit that changes nothing
+PROBE = "PRAGMA application_id = 0"  # a commit that changes nothing
 BUSY_SECONDS = 3.0  # how long SQLite waits for a lock that another process holds
 
 
@@ -1056,7 +1056,7 @@ class Inquiry(NamedTuple):
     @property
     def standing(self) -> tuple[str, int, str]:
         """Return what the event that set the status is compared by (rule 2)."""
-        return self.event_at, RANKS[self.status], self.event_id
+        return self.event_at, RANKS.get(self.status, -1), self.event_id
 
 
 def project(db: sqlite3.Connection, events: Iterable[Event]) -> None:

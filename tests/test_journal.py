@@ -87,6 +87,27 @@ def test_journal_settings(app, send):
     assert values == ["wal", 2, 1, 1, kyc.SCHEMA_VERSION]
 
 
+def test_database_behind_a_link_is_where_it_leads(environ, tmp_path):
+    link, target = tmp_path / "link.db", tmp_path / "disk" / "target.db"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    app = kyc.create_app({**environ, "KYC_DATABASE": str(link)})
+    body = build(event_id="evt_1")
+    assert app.test_client().post("/webhook", data=body, headers=sign(body)).status_code == 200
+    names = {file.name for file in target.parent.iterdir()}
+    assert names == {"target.db" + suffix for suffix in ("", "-wal", "-shm", ".lock")}
+    app.extensions["journal"].stop()
+    assert stored(target) == ["evt_1"]
+
+
+def test_probe_leaves_the_version_of_the_schema(app, checkpointer, db, database):
+    db.execute("PRAGMA user_version = 2")
+    size = database.with_name("kyc.db-wal").stat().st_size
+    app.extensions["journal"].append(kyc.Delivery())
+    assert db.execute("PRAGMA user_version").fetchone()[0] == 2
+    assert database.with_name("kyc.db-wal").stat().st_size > size
+
+
 def test_schema_applied_twice_changes_nothing(app, send, db, environ):
     send("inquiry.approved")
     before = list(map(tuple, db.execute("SELECT * FROM sqlite_schema")))
@@ -276,8 +297,18 @@ def test_no_delivery_waits_for_a_checkpoint(app, send, monkeypatch):
     end.set()
 
 
-def test_checkpoint_copies_the_wal_so_that_it_starts_anew(app, send, database):
-    checkpointer, wal = app.extensions["journal"].checkpointer, database.with_name("kyc.db-wal")
+@pytest.fixture
+def checkpointer(app, send):
+    """What copies the WAL, after an event and the checkpoint of the start."""
+    checkpointer = app.extensions["journal"].checkpointer
+    send("inquiry.approved", event_id="evt_0")
+    wait_until(lambda: not checkpointer.scrub)
+    checkpointer.join()
+    return checkpointer
+
+
+def test_checkpoint_copies_the_wal_so_that_it_starts_anew(checkpointer, send, database):
+    wal = database.with_name("kyc.db-wal")
     checkpointer.limit = 0
     for _ in range(100):
         send("inquiry.approved")

@@ -40,11 +40,13 @@ def test_status_of_each_event(send, db, name):
     assert tuple(row) == NAMES[name][1:]
 
 
-def test_rule_that_is_gone_does_not_stop_its_inquiries(send, db, monkeypatch):
-    monkeypatch.setitem(kyc.STATUSES, "inquiry.resumed", ("pending", 2))
-    send("inquiry.resumed", inquiry_id="inq_1", reference_id="user-1")
-    assert status(db) == "pending"
-    monkeypatch.delitem(kyc.STATUSES, "inquiry.resumed")
+@pytest.mark.parametrize("value", ["pending", "resumed"])
+def test_rule_that_is_gone_does_not_stop_its_inquiries(send, db, monkeypatch, value):
+    with monkeypatch.context() as rule:
+        rule.setitem(kyc.STATUSES, "inquiry.resumed", (value, 2))
+        rule.setitem(kyc.RANKS, value, 2)
+        send("inquiry.resumed", inquiry_id="inq_1", reference_id="user-1")
+        assert status(db) == value
     assert send("inquiry.approved", inquiry_id="inq_1", reference_id="user-1").status_code == 200
     assert status(db) == "approved"
 
