@@ -1192,7 +1192,10 @@ LATE_EVENTS = """
         UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id
         UNION SELECT reference_id FROM events WHERE inquiry_id = e.inquiry_id
         UNION SELECT reference_id FROM events WHERE account_id IN (SELECT e.account_id
-            UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id))
+            UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id)
+        UNION SELECT reference_id FROM events WHERE inquiry_id IN (
+            SELECT inquiry_id FROM events WHERE account_id IN (SELECT e.account_id
+                UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id)))
     WHERE e.rowid > ?
 """
 
@@ -1219,8 +1222,9 @@ def redact(db: sqlite3.Connection, subject: str, before: str, later: str | None 
     """Remove the bodies of a subject's events created until `before`; return how many.
 
     `subject` is an inquiry, account or reference ID. An account includes the inquiries that
-    any event links to it; a reference ID its inquiries, and its accounts with theirs. What
-    arrives later loses its body, too, if it was created until `later`, else until `before`.
+    any event links to it; a reference ID its inquiries, and its and their accounts with all of
+    theirs. What arrives later loses its body, too, if it was created until `later`, else until
+    `before`.
     """
     db.execute(
         """
@@ -1239,7 +1243,9 @@ def find_subjects(db: sqlite3.Connection, subject: str) -> list[str]:
     query = """
         WITH own(id) AS (
             SELECT ?1
-            UNION SELECT account_id FROM events WHERE reference_id = ?1 AND account_id IS NOT NULL)
+            UNION SELECT account_id FROM events WHERE reference_id = ?1 AND account_id IS NOT NULL
+            UNION SELECT account_id FROM events WHERE account_id IS NOT NULL
+                AND inquiry_id IN (SELECT inquiry_id FROM events WHERE reference_id = ?1))
         SELECT id FROM own
         UNION SELECT inquiry_id FROM events
             WHERE account_id IN (SELECT id FROM own) AND inquiry_id IS NOT NULL

@@ -1,6 +1,7 @@
 """Redaction: what is removed, what stays, and that the bytes are gone."""
 
 import contextlib
+import itertools
 import json
 import sqlite3
 import time
@@ -198,6 +199,47 @@ def test_any_order_of_arrival_removes_the_same_bodies(tmp_path_factory, order):
 
 def test_a_reader_that_holds_the_bytes_is_named(serve, flask, database):
     serve().send(plant(reference_id="user-1"))
+@pytest.mark.parametrize("redaction", range(5))
+def test_person_includes_the_account_of_their_inquiry_in_any_order(app, db, database, redaction):
+    for number, order in enumerate(itertools.permutations(range(4))):
+        inquiry, account, person = f"inq_{number}", f"act_{number}", f"user-{number}"
+        events = (
+            build("inquiry.created", inquiry_id=inquiry, reference_id=person, created_at=EARLY),
+            build("inquiry.approved", inquiry_id=inquiry, account_id=account, created_at=EARLY),
+            build("inquiry.failed", inquiry_id="second_" + inquiry, account_id=account),
+            build("account.created", account_id=account, created_at=EARLY),
+        )
+        bodies = [events[step] for step in order]
+        for body in bodies[:redaction]:
+            store(app, body)
+        with kyc.transaction(db):
+            kyc.redact(db, person, kyc.LATEST, kyc.LATEST)
+        for body in bodies[redaction:]:
+            store(app, body)
+    assert kept(database) == []
+
+
+def store(app, body):
+    """Put an event into the journal."""
+    delivery = kyc.Delivery(kyc.read_event(body, EARLY), body, EARLY)
+    assert app.extensions["journal"].append(delivery) == kyc.STORED
+
+
+def test_redacted_bytes_go_though_the_worker_is_killed(serve, database):
+    server = serve()
+    server.send(plant(inquiry_id="inq_1"))
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM events").fetchone()
+        assert server.send(build("inquiry.redacted", inquiry_id="inq_1"))[0] == 200
+        (worker,) = children(server)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: children(server) - {worker})
+        assert server.send(build())[0] == 200
+        assert bytes_on_disk(database)
+    wait_until_gone(database)
+
+
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM events").fetchone()
