@@ -843,21 +843,23 @@ class Checkpointer:
     def __init__(self, path: Path):
         self.path = path
         self.db: sqlite3.Connection | None = None
+        self.reader: sqlite3.Connection | None = None
         self.file = -1  # a descriptor of the database, to sync it by
         self.thread: threading.Thread | None = None
         self.pages = 0  # about, that were written since the last start
         self.limit = WAL_PAGES
-        self.scrub = False  # redacted bytes are still in the WAL
+        self.scrub = True  # redacted bytes may be in the WAL, at first those of a killed process
         self.scrubbed = 0.0  # when that was last tried
 
     def open(self) -> None:
-        """Connect to the database.
+        """Open the database.
 
         A descriptor of our own syncs it: what that reports once, SQLite's is told, too. It
         stays open beyond the connection, because to close it would end SQLite's locks.
         """
         if self.file < 0:
             self.file = os.open(self.path, os.O_RDONLY)
+        self.reader = connect(self.path, readonly=True)
         self.db = connect(self.path)
 
     def leave_file(self) -> None:
@@ -872,7 +874,7 @@ class Checkpointer:
         due = self.pages >= CHECKPOINT_PAGES
         due |= self.scrub and time.monotonic() > self.scrubbed + 1.0
         if due and self.db and not (self.thread and self.thread.is_alive()):
-            thread = threading.Thread(target=self.run, args=[self.db], daemon=True)
+            thread = threading.Thread(target=self.run, args=[self.db, self.reader], daemon=True)
             with contextlib.suppress(RuntimeError):  # no thread to be had: next time
                 thread.start()
                 self.pages, self.thread = 0, thread
@@ -883,26 +885,27 @@ class Checkpointer:
             self.thread.join()
 
     def close(self) -> None:
-        """Drop the connection; a checkpoint that is under way keeps it until its end."""
-        if self.db and not (self.thread and self.thread.is_alive()):
-            with contextlib.suppress(sqlite3.Error):
-                self.db.close()
-        self.db = None
+        """Drop the connections; a checkpoint that is under way keeps them until its end."""
+        for db in filter(None, (self.reader, self.db)):
+            if not (self.thread and self.thread.is_alive()):
+                with contextlib.suppress(sqlite3.Error):
+                    db.close()
+        self.db = self.reader = None
 
-    def run(self, db: sqlite3.Connection) -> None:
+    def run(self, db: sqlite3.Connection, reader: sqlite3.Connection) -> None:
         """Copy and sync what is in the WAL, again while much is added; end it when it is long."""
         sync = getattr(os, "fdatasync", os.fsync)  # macOS has fsync alone
         try:
             db.execute("PRAGMA busy_timeout = 0")
             copied = 0
-            while (pages := self.copy(db)) > copied + 500:
+            while (pages := self.copy(db, reader)) > copied + 500:
                 copied = pages
                 sync(self.file)  # SQLite leaves that to the end of the WAL
             if self.scrub:
                 with turn(self.path):
                     blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
                     self.scrub, self.scrubbed = bool(blocked), time.monotonic()
-            elif pages > self.limit:
+            if pages > self.limit:
                 with turn(self.path):
                     self.restart_wal(db, pages)
         except (OSError, sqlite3.Error) as error:
@@ -910,16 +913,18 @@ class Checkpointer:
             with turn(self.path):
                 self.copy_again()
 
-    def copy(self, db: sqlite3.Connection) -> int:
+    def copy(self, db: sqlite3.Connection, reader: sqlite3.Connection) -> int:
         """Copy what the WAL holds while commits add to it; return how many pages it has.
 
-        A reader keeps them from starting the WAL anew meanwhile. Without it, SQLite before
+        The reader keeps them from starting the WAL anew meanwhile. Without it, SQLite before
         3.51.3 may take new pages for copied ones: see https://sqlite.org/wal.html#walresetbug
         """
-        with contextlib.closing(connect(self.path, readonly=True)) as reader:
-            reader.execute("BEGIN")
+        reader.execute("BEGIN")
+        try:
             reader.execute("SELECT 1 FROM events").fetchone()
             return db.execute("PRAGMA wal_checkpoint").fetchone()[1]
+        finally:
+            reader.execute("END")
 
     def copy_again(self) -> None:
         """Have all of the WAL copied once more, also what SQLite counts as copied.

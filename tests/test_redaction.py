@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import json
+import os
+import signal
 import sqlite3
 import time
 
 import pytest
-from conftest import build, sign
+from conftest import build, children, sign, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -197,8 +199,6 @@ def test_any_order_of_arrival_removes_the_same_bodies(tmp_path_factory, order):
     assert kept(database) == ["evt_3", "evt_4", "evt_5"]
 
 
-def test_a_reader_that_holds_the_bytes_is_named(serve, flask, database):
-    serve().send(plant(reference_id="user-1"))
 @pytest.mark.parametrize("redaction", range(5))
 def test_person_includes_the_account_of_their_inquiry_in_any_order(app, db, database, redaction):
     for number, order in enumerate(itertools.permutations(range(4))):
@@ -240,6 +240,8 @@ def test_redacted_bytes_go_though_the_worker_is_killed(serve, database):
     wait_until_gone(database)
 
 
+def test_a_reader_that_holds_the_bytes_is_named(serve, flask, database):
+    serve().send(plant(reference_id="user-1"))
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM events").fetchone()
