@@ -86,7 +86,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
         secrets=read_secrets(environ),
         tolerance=read_number(environ, "PERSONA_SIGNATURE_TOLERANCE", 300, 0, 10**9),
         scheme=scheme,
-        database=Path(database).resolve(),  # SQLite puts the WAL where a link leads
+        database=Path(os.path.realpath(database)),  # SQLite puts the WAL where a link leads
         max_body_bytes=read_number(environ, "MAX_BODY_BYTES", 2 * 1024 * 1024, 1, 500_000_000),
     )
 
