@@ -1191,17 +1191,17 @@ def refresh_people(db: sqlite3.Connection, people: Iterable[str], moved: bool) -
 REDACTING = {"inquiry.redacted": "inquiry_id", "account.redacted": "account_id"}
 
 LATE_EVENTS = """
-    SELECT DISTINCT r.subject_id, r.redacted_before
-    FROM events AS e JOIN redactions AS r ON r.subject_id IN (
-        SELECT e.inquiry_id UNION SELECT e.account_id UNION SELECT e.reference_id
-        UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id
-        UNION SELECT reference_id FROM events WHERE inquiry_id = e.inquiry_id
-        UNION SELECT reference_id FROM events WHERE account_id IN (SELECT e.account_id
-            UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id)
-        UNION SELECT reference_id FROM events WHERE inquiry_id IN (
-            SELECT inquiry_id FROM events WHERE account_id IN (SELECT e.account_id
-                UNION SELECT account_id FROM events WHERE inquiry_id = e.inquiry_id)))
-    WHERE e.rowid > ?
+    WITH late AS MATERIALIZED (
+            SELECT inquiry_id, account_id, reference_id FROM events WHERE rowid > ?),
+        accounts(id) AS MATERIALIZED (SELECT account_id FROM late
+            UNION SELECT account_id FROM events WHERE inquiry_id IN (SELECT inquiry_id FROM late)),
+        linked(id) AS MATERIALIZED (SELECT inquiry_id FROM late
+            UNION SELECT inquiry_id FROM events WHERE account_id IN (SELECT id FROM accounts)),
+        subjects(id) AS (SELECT inquiry_id FROM late UNION SELECT reference_id FROM late
+            UNION SELECT id FROM accounts
+            UNION SELECT reference_id FROM events WHERE account_id IN (SELECT id FROM accounts)
+            UNION SELECT reference_id FROM events WHERE inquiry_id IN (SELECT id FROM linked))
+    SELECT subject_id, redacted_before FROM redactions WHERE subject_id IN subjects
 """
 
 
