@@ -765,27 +765,28 @@ class Journal:
             delivery.outcome = delivery.outcome or STORED
 
     def open(self) -> sqlite3.Connection:
-        """Return the connection; open it anew when a file at its paths is another one."""
+        """Return the connection; open it anew when the file at the path is another one."""
         self.path.stat()  # while the database is gone, it may come back
         changed = [path for path in self.files if not self.is_same(path)]
-        if changed and self.db:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.execute("PRAGMA wal_checkpoint")  # into the file that it belongs to
-            if self.path not in changed:  # what is stored now would be lost with the WAL
-                raise FileNotFoundError(errno.ENOENT, "the WAL is gone: bring it back, or restart")
-            self.close()
         if self.path in changed:
-            self.checkpointer.leave_file()
-            self.discard_wal()
+            self.leave_database()
+        elif changed and self.db:
+            self.guard_wal()
         if self.db is None:
             take_core()
-            self.checkpointer.open()
+            while changed:  # the space of a WAL that was removed must come free
+                os.close(self.files.pop(changed.pop()))
+            self.hold_files(self.path)
             self.db = connect(self.path)
             self.db.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
             self.db.execute("PRAGMA journal_size_limit = 67108864")  # once it has grown beyond
             self.empty_wal()
-            self.hold_files()
+            self.hold_files(*wal_paths(self.path))
+            if not self.is_same(self.path):
+                raise DatabaseBusyError("the database was replaced while it was opened")
+        if self.checkpointer.db is None:
+            self.checkpointer.open()
         return self.db
 
     def is_same(self, path: Path) -> bool:
@@ -795,9 +796,9 @@ class Journal:
         except FileNotFoundError:
             return False
 
-    def hold_files(self) -> None:
-        """Note which files are open; no other file gets their inodes while they are held."""
-        for path in (self.path, *wal_paths(self.path)):
+    def hold_files(self, *paths: Path) -> None:
+        """Note which files are at `paths`; no other gets the inode of one that is held."""
+        for path in paths:
             if path in self.files and not self.is_same(path):
                 os.close(self.files.pop(path))
             if path not in self.files:
@@ -815,14 +816,41 @@ class Journal:
             time.sleep(0.01)  # another process does it
         raise DatabaseBusyError("the WAL cannot be synced")
 
-    def discard_wal(self) -> None:
-        """Remove the WAL of a database that another file has replaced, unless it has gone too.
+    def leave_database(self) -> None:
+        """Let go of a database that another file has replaced, and put its WAL out of the way.
 
-        SQLite would take it for the new file's, and damage that.
+        SQLite would take it for the new file's, and damage that. What could not be copied into
+        the old file, because of a reader or the disk, is kept.
         """
+        saved = self.save_wal()
+        self.close()
+        self.checkpointer.leave_file()
         for path in wal_paths(self.path):
             if path in self.files and self.is_same(path):
-                path.unlink()
+                if saved:
+                    path.unlink()
+                else:
+                    log.error("the WAL of the replaced database is kept as %s.replaced", path)
+                    path.rename(f"{path}.replaced")
+
+    def guard_wal(self) -> None:
+        """Store nothing, as the WAL or its index was taken away: it would be lost with it.
+
+        If the index is gone, nobody can join it, and the WAL can still be copied. Others may
+        use a new WAL with the old index; then even a checkpoint would damage the database.
+        """
+        self.checkpointer.close()
+        if not wal_paths(self.path)[1].exists():
+            self.save_wal()
+        raise FileNotFoundError(errno.ENOENT, "the WAL is gone: bring it back, or stop and start")
+
+    def save_wal(self) -> bool:
+        """Copy the WAL into the database that is open, if any; tell whether all was copied."""
+        if self.db:
+            with contextlib.suppress(sqlite3.Error):
+                blocked, pages, copied = self.db.execute("PRAGMA wal_checkpoint").fetchone()
+                return not blocked and pages == copied
+        return False
 
     def close(self) -> None:
         """Drop the connections, whatever state they are in."""
@@ -866,7 +894,7 @@ class Checkpointer:
         """Let go of a database that another file has replaced."""
         if self.file >= 0:
             os.close(self.file)
-        self.file = -1
+        self.file, self.scrub = -1, True
 
     def add(self, pages: Iterable[int]) -> None:
         """Count written pages; start a checkpoint when one is due and none is under way."""
@@ -904,7 +932,8 @@ class Checkpointer:
             if self.scrub:
                 with turn(self.path):
                     blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                    self.scrub, self.scrubbed = bool(blocked), time.monotonic()
+                    if db is self.db:  # and not that of a database that was replaced
+                        self.scrub, self.scrubbed = bool(blocked), time.monotonic()
             if pages > self.limit:
                 with turn(self.path):
                     self.restart_wal(db, pages)
@@ -930,13 +959,16 @@ class Checkpointer:
         """Have all of the WAL copied once more, also what SQLite counts as copied.
 
         A failed sync is reported once; what it has lost, the next one does not miss. The count
-        is at byte 96 of the WAL index (https://sqlite.org/walformat.html), which SQLite has
-        open: to open it here, and close it, would end SQLite's locks.
+        is at byte 96 of the WAL index, and the lock of checkpoints at byte 121
+        (https://sqlite.org/walformat.html). SQLite has it open: to open it here, and close it,
+        would end SQLite's locks.
         """
         for descriptor in Path("/proc/self/fd").glob("*"):
             with contextlib.suppress(OSError):  # it is gone, or only names the file
                 if descriptor.samefile(wal_paths(self.path)[1]):
+                    fcntl.lockf(int(descriptor.name), fcntl.LOCK_EX, 1, 121)  # no checkpoint now
                     os.pwrite(int(descriptor.name), bytes(4), 96)
+                    fcntl.lockf(int(descriptor.name), fcntl.LOCK_UN, 1, 121)
 
     def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Copy the rest, so that the next commit starts the WAL anew.

@@ -336,6 +336,13 @@ def test_checkpoint_syncs_the_database_before_its_turn(checkpointer, send, datab
     assert synced
 
 
+def test_checkpoint_of_another_database_is_no_scrub(checkpointer, database):
+    checkpointer.scrub = True
+    with contextlib.closing(kyc.connect(database)) as other:
+        checkpointer.run(other, checkpointer.reader)
+    assert checkpointer.scrub
+
+
 def test_no_commit_starts_the_wal_anew_during_a_checkpoint(checkpointer, send, database):
     for _ in range(20):
         send("inquiry.approved")
@@ -408,6 +415,43 @@ def test_backup_put_in_place_of_the_database_is_taken_over(app, send, database, 
     assert os.fspath(aside) not in open_files()
 
 
+def test_replaced_database_keeps_what_a_reader_holds_up(checkpointer, app, send, database, flask):
+    aside, copy = database.with_name("aside.db"), database.with_name("copy.db")
+    flask("backup", str(copy))
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT 1 FROM events").fetchone()
+        send("inquiry.approved", event_id="evt_1")
+        database.rename(aside)
+        copy.rename(database)
+        assert send("inquiry.approved", event_id="evt_2").status_code == 200
+    kept = database.with_name("kyc.db-wal.replaced")
+    kept.rename(aside.with_name("aside.db-wal"))
+    assert stored(aside) == ["evt_0", "evt_1"]
+    assert stored(database) == ["evt_0", "evt_2"]
+
+
+def test_database_replaced_while_it_is_opened_is_noticed(
+    checkpointer, app, send, database, flask, monkeypatch
+):
+    journal, copy = app.extensions["journal"], database.with_name("copy.db")
+    flask("backup", str(copy))
+    journal.close()
+    with monkeypatch.context() as moment:
+        moment.setattr(journal, "empty_wal", lambda: copy.rename(database))
+        assert send("inquiry.approved", event_id="evt_1").status_code == 503
+    assert send("inquiry.approved", event_id="evt_2").status_code == 200
+    assert stored(database) == ["evt_0", "evt_2"]
+
+
+def test_removed_wal_takes_no_space(checkpointer, app, send, database, monkeypatch):
+    app.extensions["journal"].close()  # as after a failure; the WAL goes
+    with monkeypatch.context() as broken:
+        broken.setattr(kyc, "connect", lambda *_: fail(None))
+        assert send("inquiry.approved").status_code == 503
+    assert not [path for path in open_files() if path.startswith(f"{database}-")]
+
+
 def test_wal_of_another_process_is_not_removed(app, send, database, flask):
     copy, wal = database.with_name("copy.db"), database.with_name("kyc.db-wal")
     send("inquiry.approved", event_id="evt_1")
@@ -430,7 +474,7 @@ def test_nothing_is_acknowledged_while_the_wal_is_gone(app, checkpointer, send, 
     file.rename(away)
     response = send("inquiry.approved", event_id="evt_2")
     assert response.status_code == 503
-    assert response.json["reason"] == "the WAL is gone: bring it back, or restart"
+    assert response.json["reason"] == "the WAL is gone: bring it back, or stop and start"
     away.rename(file)
     assert send("inquiry.approved", event_id="evt_2").status_code == 200
     file.unlink()
