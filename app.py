@@ -778,13 +778,13 @@ class Journal:
                 os.close(self.files.pop(changed.pop()))
             self.hold_files(self.path)
             self.db = connect(self.path)
+            self.require_same()
             self.db.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
             self.db.execute("PRAGMA journal_size_limit = 67108864")  # once it has grown beyond
             self.empty_wal()
             self.hold_files(*wal_paths(self.path))
-            if not self.is_same(self.path):
-                raise DatabaseBusyError("the database was replaced while it was opened")
+            self.require_same()
         if self.checkpointer.db is None:
             self.checkpointer.open()
         return self.db
@@ -796,13 +796,21 @@ class Journal:
         except FileNotFoundError:
             return False
 
+    def require_same(self) -> None:
+        """Raise DatabaseBusyError when another file has taken the path meanwhile."""
+        if not self.is_same(self.path):
+            raise DatabaseBusyError("the database was replaced while it was opened")
+
     def hold_files(self, *paths: Path) -> None:
         """Note which files are at `paths`; no other gets the inode of one that is held."""
         for path in paths:
             if path in self.files and not self.is_same(path):
                 os.close(self.files.pop(path))
             if path not in self.files:
-                self.files[path] = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
+                try:
+                    self.files[path] = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
+                except FileNotFoundError:
+                    raise DatabaseBusyError("a file was removed while it was opened") from None
 
     def empty_wal(self) -> None:
         """Copy into the database file, and sync, what the WAL holds at the start.
@@ -825,13 +833,15 @@ class Journal:
         saved = self.save_wal()
         self.close()
         self.checkpointer.leave_file()
-        for path in wal_paths(self.path):
+        wal, index = wal_paths(self.path)
+        for path in (wal, index):
             if path in self.files and self.is_same(path):
-                if saved:
-                    path.unlink()
+                if path == wal and not saved and path.stat().st_size:
+                    kept = path.with_name(f"{path.name}.{time.time_ns()}")
+                    log.error("the WAL of the replaced database is kept as %s", kept.name)
+                    path.rename(kept)
                 else:
-                    log.error("the WAL of the replaced database is kept as %s.replaced", path)
-                    path.rename(f"{path}.replaced")
+                    path.unlink()
 
     def guard_wal(self) -> None:
         """Store nothing, as the WAL or its index was taken away: it would be lost with it.
@@ -846,14 +856,19 @@ class Journal:
 
     def save_wal(self) -> bool:
         """Copy the WAL into the database that is open, if any; tell whether all was copied."""
-        if self.db:
-            with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error):
+            for _ in range(100 if self.db else 0):
                 blocked, pages, copied = self.db.execute("PRAGMA wal_checkpoint").fetchone()
-                return not blocked and pages == copied
+                if not blocked:
+                    return pages == copied
+                time.sleep(0.01)  # a checkpoint is under way
         return False
 
     def close(self) -> None:
         """Drop the connections, whatever state they are in."""
+        wal = wal_paths(self.path)[0]
+        if wal in self.files and wal.exists() and not self.is_same(wal):
+            self.checkpointer.lock_file()  # or SQLite may take this WAL for its own, and end it
         if self.db:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()
@@ -892,9 +907,20 @@ class Checkpointer:
 
     def leave_file(self) -> None:
         """Let go of a database that another file has replaced."""
-        if self.file >= 0:
-            os.close(self.file)
-        self.file, self.scrub = -1, True
+        file, self.file, self.scrub = self.file, -1, True
+        if file >= 0:
+            os.close(file)
+
+    def lock_file(self) -> None:
+        """Keep SQLite, also in this process, from being alone with the database.
+
+        Who closes it last copies the WAL, and removes the one at the path. The lock is that of
+        a reader (https://sqlite.org/lockingv3.html), held until the file is left.
+        """
+        if self.file >= 0 and hasattr(fcntl, "F_OFD_SETLK"):
+            shared = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0x40000002, 510, 0)
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self.file, fcntl.F_OFD_SETLK, shared)
 
     def add(self, pages: Iterable[int]) -> None:
         """Count written pages; start a checkpoint when one is due and none is under way."""
@@ -931,12 +957,13 @@ class Checkpointer:
                 sync(self.file)  # SQLite leaves that to the end of the WAL
             if self.scrub:
                 with turn(self.path):
-                    blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                    if db is self.db:  # and not that of a database that was replaced
+                    if db is self.db:  # and not dropped meanwhile, with its database or WAL
+                        blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
                         self.scrub, self.scrubbed = bool(blocked), time.monotonic()
             if pages > self.limit:
                 with turn(self.path):
-                    self.restart_wal(db, pages)
+                    if db is self.db:
+                        self.restart_wal(db, pages)
         except (OSError, sqlite3.Error) as error:
             log.error("the WAL could not be copied, to be tried again: %s", reason(error))
             with turn(self.path):
@@ -966,9 +993,14 @@ class Checkpointer:
         for descriptor in Path("/proc/self/fd").glob("*"):
             with contextlib.suppress(OSError):  # it is gone, or only names the file
                 if descriptor.samefile(wal_paths(self.path)[1]):
-                    fcntl.lockf(int(descriptor.name), fcntl.LOCK_EX, 1, 121)  # no checkpoint now
-                    os.pwrite(int(descriptor.name), bytes(4), 96)
-                    fcntl.lockf(int(descriptor.name), fcntl.LOCK_UN, 1, 121)
+                    index = int(descriptor.name)
+                    for _ in range(100):  # not for long: nobody can commit meanwhile
+                        with contextlib.suppress(BlockingIOError):
+                            fcntl.lockf(index, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 121)
+                            break
+                        time.sleep(0.01)
+                    os.pwrite(index, bytes(4), 96)
+                    fcntl.lockf(index, fcntl.LOCK_UN, 1, 121)
 
     def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Copy the rest, so that the next commit starts the WAL anew.

@@ -425,7 +425,7 @@ def test_replaced_database_keeps_what_a_reader_holds_up(checkpointer, app, send,
         database.rename(aside)
         copy.rename(database)
         assert send("inquiry.approved", event_id="evt_2").status_code == 200
-    kept = database.with_name("kyc.db-wal.replaced")
+    (kept,) = database.parent.glob("kyc.db-wal.*")
     kept.rename(aside.with_name("aside.db-wal"))
     assert stored(aside) == ["evt_0", "evt_1"]
     assert stored(database) == ["evt_0", "evt_2"]
@@ -481,6 +481,23 @@ def test_nothing_is_acknowledged_while_the_wal_is_gone(app, checkpointer, send, 
     assert send("inquiry.approved", event_id="evt_3").status_code == 503
     app.extensions["journal"].close()
     assert stored(database) == ["evt_0", "evt_2"]
+
+
+def test_last_to_close_leaves_the_wal_of_others(app, checkpointer, send, database):
+    send("inquiry.approved")
+    for suffix in ("-wal", "-shm"):
+        database.with_name("kyc.db" + suffix).unlink()
+    code = """if True:
+        import os, sqlite3, sys
+        db = sqlite3.connect(sys.argv[1])
+        with db:
+            db.execute("INSERT INTO redactions VALUES ('act_1', '')")
+        os._exit(0)
+    """
+    subprocess.run([sys.executable, "-c", code, database], check=True)
+    app.extensions["journal"].close()
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        assert db.execute("SELECT subject_id FROM redactions").fetchall() == [("act_1",)]
 
 
 def open_files():
