@@ -867,8 +867,9 @@ class Journal:
     def close(self) -> None:
         """Drop the connections, whatever state they are in."""
         wal = wal_paths(self.path)[0]
-        if wal in self.files and wal.exists() and not self.is_same(wal):
-            self.checkpointer.lock_file()  # or SQLite may take this WAL for its own, and end it
+        with contextlib.suppress(FileNotFoundError):
+            if wal in self.files and wal.stat().st_size and not self.is_same(wal):
+                self.checkpointer.lock_file()  # or SQLite may end this WAL with its own
         if self.db:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()

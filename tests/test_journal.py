@@ -483,6 +483,15 @@ def test_nothing_is_acknowledged_while_the_wal_is_gone(app, checkpointer, send, 
     assert stored(database) == ["evt_0", "evt_2"]
 
 
+def test_last_to_close_saves_a_wal_that_was_removed(app, checkpointer, send, database):
+    send("inquiry.approved", event_id="evt_1")
+    database.with_name("kyc.db-wal").unlink()
+    database.with_name("kyc.db-wal").touch()  # as a process that could not start leaves it
+    assert send("inquiry.approved", event_id="evt_2").status_code == 503
+    app.extensions["journal"].close()
+    assert stored(database) == ["evt_0", "evt_1"]
+
+
 def test_last_to_close_leaves_the_wal_of_others(app, checkpointer, send, database):
     send("inquiry.approved")
     for suffix in ("-wal", "-shm"):
