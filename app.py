@@ -18,6 +18,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import os
@@ -286,10 +287,15 @@ def move_gate(lock: int, movement: int) -> None:
     It is another kind of lock on the same file. Where there is none, as on macOS, processes
     may have to wait longer.
     """
-    if hasattr(fcntl, "F_OFD_SETLKW"):
+    lock_range(lock, "F_OFD_SETLKW", movement, 0, 0)
+
+
+def lock_range(file: int, command: str, kind: int, start: int, length: int) -> None:
+    """Set a lock of the open file itself, not of the process, where the system knows it."""
+    if hasattr(fcntl, command):
         with contextlib.suppress(OSError):
-            whole_file = struct.pack("hhqqi4x", movement, os.SEEK_SET, 0, 0, 0)
-            fcntl.fcntl(lock, fcntl.F_OFD_SETLKW, whole_file)
+            span = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
+            fcntl.fcntl(file, getattr(fcntl, command), span)
 
 
 @contextlib.contextmanager
@@ -793,7 +799,7 @@ class Journal:
         """Tell whether the file at `path` is the one that was opened."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(self.files[path]))
-        except FileNotFoundError:
+        except (FileNotFoundError, KeyError):
             return False
 
     def require_same(self) -> None:
@@ -803,14 +809,13 @@ class Journal:
 
     def hold_files(self, *paths: Path) -> None:
         """Note which files are at `paths`; no other gets the inode of one that is held."""
-        for path in paths:
-            if path in self.files and not self.is_same(path):
+        for path in itertools.filterfalse(self.is_same, paths):
+            if path in self.files:
                 os.close(self.files.pop(path))
-            if path not in self.files:
-                try:
-                    self.files[path] = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
-                except FileNotFoundError:
-                    raise DatabaseBusyError("a file was removed while it was opened") from None
+            try:
+                self.files[path] = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
+            except FileNotFoundError:
+                raise DatabaseBusyError("a file was removed while it was opened") from None
 
     def empty_wal(self) -> None:
         """Copy into the database file, and sync, what the WAL holds at the start.
@@ -818,11 +823,17 @@ class Journal:
         A commit whose fsync failed may come back when the WAL is read anew. Its redelivery
         would be taken for a duplicate, and acknowledged without being on disk.
         """
-        for _ in range(200):
-            if not self.db.execute("PRAGMA wal_checkpoint").fetchone()[0]:
-                return
-            time.sleep(0.01)  # another process does it
-        raise DatabaseBusyError("the WAL cannot be synced")
+        if self.copy_wal(tries=200) is None:
+            raise DatabaseBusyError("the WAL cannot be synced")
+
+    def copy_wal(self, tries: int) -> bool | None:
+        """Copy the WAL into the database; tell whether all of it, or None if others are at it."""
+        for _ in range(tries):
+            blocked, pages, copied = self.db.execute("PRAGMA wal_checkpoint").fetchone()
+            if not blocked:
+                return pages == copied
+            time.sleep(0.01)
+        return None
 
     def leave_database(self) -> None:
         """Let go of a database that another file has replaced, and put its WAL out of the way.
@@ -834,14 +845,12 @@ class Journal:
         self.close()
         self.checkpointer.leave_file()
         wal, index = wal_paths(self.path)
-        for path in (wal, index):
-            if path in self.files and self.is_same(path):
-                if path == wal and not saved and path.stat().st_size:
-                    kept = path.with_name(f"{path.name}.{time.time_ns()}")
-                    log.error("the WAL of the replaced database is kept as %s", kept.name)
-                    path.rename(kept)
-                else:
-                    path.unlink()
+        if not saved and self.is_same(wal) and wal.stat().st_size:
+            kept = wal.with_name(f"{wal.name}.{time.time_ns()}")
+            log.error("the WAL of the replaced database is kept as %s", kept.name)
+            wal.rename(kept)
+        for path in filter(self.is_same, (wal, index)):
+            path.unlink()
 
     def guard_wal(self) -> None:
         """Store nothing, as the WAL or its index was taken away: it would be lost with it.
@@ -857,11 +866,7 @@ class Journal:
     def save_wal(self) -> bool:
         """Copy the WAL into the database that is open, if any; tell whether all was copied."""
         with contextlib.suppress(sqlite3.Error):
-            for _ in range(100 if self.db else 0):
-                blocked, pages, copied = self.db.execute("PRAGMA wal_checkpoint").fetchone()
-                if not blocked:
-                    return pages == copied
-                time.sleep(0.01)  # a checkpoint is under way
+            return bool(self.db and self.copy_wal(tries=100))
         return False
 
     def close(self) -> None:
@@ -918,21 +923,23 @@ class Checkpointer:
         Who closes it last copies the WAL, and removes the one at the path. The lock is that of
         a reader (https://sqlite.org/lockingv3.html), held until the file is left.
         """
-        if self.file >= 0 and hasattr(fcntl, "F_OFD_SETLK"):
-            shared = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0x40000002, 510, 0)
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(self.file, fcntl.F_OFD_SETLK, shared)
+        if self.file >= 0:
+            lock_range(self.file, "F_OFD_SETLK", fcntl.F_RDLCK, 0x40000002, 510)
 
     def add(self, pages: Iterable[int]) -> None:
         """Count written pages; start a checkpoint when one is due and none is under way."""
         self.pages += sum(pages)
         due = self.pages >= CHECKPOINT_PAGES
         due |= self.scrub and time.monotonic() > self.scrubbed + 1.0
-        if due and self.db and not (self.thread and self.thread.is_alive()):
+        if due and self.db and not self.is_running():
             thread = threading.Thread(target=self.run, args=[self.db, self.reader], daemon=True)
             with contextlib.suppress(RuntimeError):  # no thread to be had: next time
                 thread.start()
                 self.pages, self.thread = 0, thread
+
+    def is_running(self) -> bool:
+        """Tell whether a checkpoint is under way."""
+        return self.thread is not None and self.thread.is_alive()
 
     def join(self) -> None:
         """Wait for the checkpoint that is under way, if any."""
@@ -941,8 +948,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Drop the connections; a checkpoint that is under way keeps them until its end."""
-        for db in filter(None, (self.reader, self.db)):
-            if not (self.thread and self.thread.is_alive()):
+        if not self.is_running():
+            for db in filter(None, (self.reader, self.db)):
                 with contextlib.suppress(sqlite3.Error):
                     db.close()
         self.db = self.reader = None
@@ -956,15 +963,9 @@ class Checkpointer:
             while (pages := self.copy(db, reader)) > copied + 500:
                 copied = pages
                 sync(self.file)  # SQLite leaves that to the end of the WAL
-            if self.scrub:
+            if self.scrub or pages > self.limit:
                 with turn(self.path):
-                    if db is self.db:  # and not dropped meanwhile, with its database or WAL
-                        blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                        self.scrub, self.scrubbed = bool(blocked), time.monotonic()
-            if pages > self.limit:
-                with turn(self.path):
-                    if db is self.db:
-                        self.restart_wal(db, pages)
+                    self.end_wal(db, pages)
         except (OSError, sqlite3.Error) as error:
             log.error("the WAL could not be copied, to be tried again: %s", reason(error))
             with turn(self.path):
@@ -986,22 +987,23 @@ class Checkpointer:
     def copy_again(self) -> None:
         """Have all of the WAL copied once more, also what SQLite counts as copied.
 
-        A failed sync is reported once; what it has lost, the next one does not miss. The count
-        is at byte 96 of the WAL index, and the lock of checkpoints at byte 121
-        (https://sqlite.org/walformat.html). SQLite has it open: to open it here, and close it,
-        would end SQLite's locks.
+        A failed sync is reported once; what it has lost, the next one does not miss. SQLite has
+        the WAL index open: to open it here, and close it, would end SQLite's locks.
         """
         for descriptor in Path("/proc/self/fd").glob("*"):
             with contextlib.suppress(OSError):  # it is gone, or only names the file
                 if descriptor.samefile(wal_paths(self.path)[1]):
-                    index = int(descriptor.name)
-                    for _ in range(100):  # not for long: nobody can commit meanwhile
-                        with contextlib.suppress(BlockingIOError):
-                            fcntl.lockf(index, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 121)
-                            break
-                        time.sleep(0.01)
-                    os.pwrite(index, bytes(4), 96)
-                    fcntl.lockf(index, fcntl.LOCK_UN, 1, 121)
+                    reset_copied(int(descriptor.name))
+
+    def end_wal(self, db: sqlite3.Connection, pages: int) -> None:
+        """Empty the WAL for a redaction; if it is long, let the next commit start it anew."""
+        if db is not self.db:
+            return  # dropped meanwhile, with its database or its WAL
+        if self.scrub:
+            blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            self.scrub, self.scrubbed = bool(blocked), time.monotonic()
+        if pages > self.limit:
+            self.restart_wal(db, pages)
 
     def restart_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Copy the rest, so that the next commit starts the WAL anew.
@@ -1015,6 +1017,21 @@ class Checkpointer:
                 return
             time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
         self.limit = WAL_PAGES
+
+
+def reset_copied(index: int) -> None:
+    """Set the count of copied pages in a WAL index to zero, when no checkpoint is under way.
+
+    The count is at byte 96, and the lock of checkpoints at byte 121: see
+    https://sqlite.org/walformat.html
+    """
+    for _ in range(100):  # not for long: nobody can commit meanwhile
+        with contextlib.suppress(BlockingIOError):
+            fcntl.lockf(index, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 121)
+            break
+        time.sleep(0.01)
+    os.pwrite(index, bytes(4), 96)
+    fcntl.lockf(index, fcntl.LOCK_UN, 1, 121)
 
 
 def take_core() -> None:
