@@ -792,7 +792,7 @@ class Journal:
             self.hold_files(*wal_paths(self.path))
             self.require_same()
         if self.checkpointer.db is None:
-            self.checkpointer.open()
+            self.checkpointer.open(self.files[self.path])
         return self.db
 
     def is_same(self, path: Path) -> bool:
@@ -808,12 +808,17 @@ class Journal:
             raise DatabaseBusyError("the database was replaced while it was opened")
 
     def hold_files(self, *paths: Path) -> None:
-        """Note which files are at `paths`; no other gets the inode of one that is held."""
+        """Note which files are at `paths`; no other gets the inode of one that is held.
+
+        The database is held readable, to be synced by. It stays so beyond the connections,
+        because to close it would end SQLite's locks.
+        """
         for path in itertools.filterfalse(self.is_same, paths):
             if path in self.files:
                 os.close(self.files.pop(path))
+            mark = os.O_RDONLY if path == self.path else getattr(os, "O_PATH", os.O_RDONLY)
             try:
-                self.files[path] = os.open(path, getattr(os, "O_PATH", os.O_RDONLY))
+                self.files[path] = os.open(path, mark)
             except FileNotFoundError:
                 raise DatabaseBusyError("a file was removed while it was opened") from None
 
@@ -843,7 +848,7 @@ class Journal:
         """
         saved = self.save_wal()
         self.close()
-        self.checkpointer.leave_file()
+        self.checkpointer.scrub = True
         wal, index = wal_paths(self.path)
         if not saved and self.is_same(wal) and wal.stat().st_size:
             kept = wal.with_name(f"{wal.name}.{time.time_ns()}")
@@ -874,12 +879,20 @@ class Journal:
         wal = wal_paths(self.path)[0]
         with contextlib.suppress(FileNotFoundError):
             if wal in self.files and wal.stat().st_size and not self.is_same(wal):
-                self.checkpointer.lock_file()  # or SQLite may end this WAL with its own
+                self.lock_database()  # or SQLite may end this WAL with its own
         if self.db:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()
         self.db = None
         self.checkpointer.close()
+
+    def lock_database(self) -> None:
+        """Keep SQLite, also in this process, from being alone with the database.
+
+        Who closes it last copies the WAL, and removes the one at the path. The lock is that of
+        a reader (https://sqlite.org/lockingv3.html), held until the file is left.
+        """
+        lock_range(self.files[self.path], "F_OFD_SETLK", fcntl.F_RDLCK, 0x40000002, 510)
 
 
 class Checkpointer:
@@ -893,38 +906,18 @@ class Checkpointer:
         self.path = path
         self.db: sqlite3.Connection | None = None
         self.reader: sqlite3.Connection | None = None
-        self.file = -1  # a descriptor of the database, to sync it by
+        self.file = -1  # the database, to sync it by: what that reports once, SQLite's is told, too
         self.thread: threading.Thread | None = None
         self.pages = 0  # about, that were written since the last start
         self.limit = WAL_PAGES
         self.scrub = True  # redacted bytes may be in the WAL, at first those of a killed process
         self.scrubbed = 0.0  # when that was last tried
 
-    def open(self) -> None:
-        """Open the database.
-
-        A descriptor of our own syncs it: what that reports once, SQLite's is told, too. It
-        stays open beyond the connection, because to close it would end SQLite's locks.
-        """
-        if self.file < 0:
-            self.file = os.open(self.path, os.O_RDONLY)
+    def open(self, file: int) -> None:
+        """Open the database whose descriptor is `file`."""
+        self.file = file
         self.reader = connect(self.path, readonly=True)
         self.db = connect(self.path)
-
-    def leave_file(self) -> None:
-        """Let go of a database that another file has replaced."""
-        file, self.file, self.scrub = self.file, -1, True
-        if file >= 0:
-            os.close(file)
-
-    def lock_file(self) -> None:
-        """Keep SQLite, also in this process, from being alone with the database.
-
-        Who closes it last copies the WAL, and removes the one at the path. The lock is that of
-        a reader (https://sqlite.org/lockingv3.html), held until the file is left.
-        """
-        if self.file >= 0:
-            lock_range(self.file, "F_OFD_SETLK", fcntl.F_RDLCK, 0x40000002, 510)
 
     def add(self, pages: Iterable[int]) -> None:
         """Count written pages; start a checkpoint when one is due and none is under way."""
