@@ -1967,6 +1967,9 @@ PEOPLE = """
     UNION SELECT person FROM inquiries WHERE inquiry_id = ?1
     UNION SELECT i.person FROM events AS e JOIN inquiries AS i USING (inquiry_id)
         WHERE e.account_id = ?1
+    UNION SELECT reference_id FROM events AS e
+        WHERE account_id = ?1 AND reference_id IS NOT NULL
+            AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = e.inquiry_id)
     UNION SELECT reference_id FROM kyc_timeline WHERE reference_id = ?1
 """
 

@@ -277,6 +277,13 @@ def test_status_of_a_person_without_inquiry_shows_the_timeline(fill, flask):
     assert flask("status", "act_1").stdout.startswith("act_1: no status yet\n")
 
 
+def test_status_finds_a_person_by_an_account_without_inquiry(fill, flask):
+    fill("account.created", account_id="act_1", reference_id="user-1")
+    fill("graph-query.completed", account_id="act_1")
+    person = json.loads(flask("status", "act_1", "--json").stdout)
+    assert (person["reference_id"], len(person["timeline"])) == ("user-1", 2)
+
+
 def test_output_cannot_move_the_cursor(fill, flask):
     fill("inquiry.approved", reference_id="user\x1b[2J")
     assert "\x1b" not in flask("status", "user\x1b[2J").stdout

@@ -153,6 +153,25 @@ def test_timeline_holds_every_event_of_a_person_in_order(send, db):
     assert db.execute("SELECT count(*) FROM kyc_timeline").fetchone()[0] == 3
 
 
+@pytest.mark.parametrize("link", ["account.created", "inquiry.approved"])
+def test_timeline_holds_what_names_only_the_account_of_a_person(send, db, link):
+    send("graph-query.completed", account_id="act_1", created_at=at(1))
+    assert read_timeline(db) == [("act_1", "graph-query.completed")]
+    send(link, reference_id="user-1", account_id="act_1", created_at=at(2))
+    send("report/business-watchlist.matched", account_id="act_1", created_at=at(3))
+    send("graph-query.completed", account_id="act_2", created_at=at(4))
+    names = ["graph-query.completed", link, "report/business-watchlist.matched"]
+    assert [name for person, name in read_timeline(db) if person == "user-1"] == names
+    assert ("act_2", "graph-query.completed") in read_timeline(db)
+    assert len(read_timeline(db)) == 4
+
+
+def read_timeline(db, column="event_name"):
+    """Return the timeline of everybody, as pairs of person and a column."""
+    rows = db.execute("SELECT * FROM kyc_timeline").fetchall()
+    return [(row["reference_id"], row[column]) for row in rows]
+
+
 def test_status_counts(send, db):
     for person in ("user-1", "user-2"):
         send("inquiry.approved", reference_id=person)
@@ -210,8 +229,28 @@ def model_people(inquiries):
     return {person: row for person, (_, row) in people.items()}
 
 
+def model_timeline(events, inquiries):
+    """Return every pair of a person and an event of theirs, as schema.sql tells them."""
+    people = {inquiry: row[0] or row[1] or inquiry for inquiry, row in inquiries.items()}
+    accounts = {(row[1], people[inquiry]) for inquiry, row in inquiries.items()}
+    accounts |= {(event.account_id, event.reference_id) for event in events if event.reference_id}
+    pairs = []
+    for event in events:
+        if event.inquiry_id in people:
+            theirs = {people[event.inquiry_id]}
+        elif event.reference_id:
+            theirs = {event.reference_id}
+        else:
+            theirs = {
+                person for account, person in accounts if account and account == event.account_id
+            }
+            theirs = theirs or {event.account_id or event.inquiry_id} - {None}
+        pairs += [(person, event.event_id) for person in theirs]
+    return sorted(pairs)
+
+
 def deliver(path, events, seed):
-    """Store events in random order and batches, some of them twice; return both tables."""
+    """Store events in random order and batches, some twice; return tables and timeline."""
     chance = random.Random(seed)
     line = events + chance.sample(events, len(events) // 2)
     chance.shuffle(line)
@@ -224,8 +263,9 @@ def deliver(path, events, seed):
         line = line[size:]
     tables = read_tables(journal.open())
     assert rebuild(journal.open()) == tables
+    timeline = sorted(read_timeline(journal.open(), "event_id"))
     journal.close()
-    return tables
+    return *tables, timeline
 
 
 def rebuild(db):
@@ -257,4 +297,5 @@ def test_any_order_and_duplication_gives_what_the_rules_say(tmp_path_factory, ev
     folder = tmp_path_factory.mktemp("orders")
     for order in range(2):
         tables = deliver(folder / f"{order}.db", events, seed + order)
-        assert tables == (inquiries, model_people(inquiries))
+        people, timeline = model_people(inquiries), model_timeline(events, inquiries)
+        assert tables == (inquiries, people, timeline)
