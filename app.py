@@ -192,7 +192,7 @@ def prepare_database(path: Path) -> None:
         for file in (path, lock_path(path)):
             os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
         with write_lock(path), contextlib.closing(connect(path)) as db:
-            apply_schema(db, schema)
+            apply_schema(db, path, schema)
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)  # the new files' names must last, too
         os.close(directory)
@@ -203,7 +203,7 @@ def prepare_database(path: Path) -> None:
         raise kind(str(error)) from None
 
 
-def apply_schema(db: sqlite3.Connection, schema: str) -> None:
+def apply_schema(db: sqlite3.Connection, path: Path, schema: str) -> None:
     """Bring an open database up to date, and try whether it takes events."""
     if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
         raise DatabaseError("its disk does not support WAL")
@@ -213,7 +213,7 @@ def apply_schema(db: sqlite3.Connection, schema: str) -> None:
     with transaction(db):
         db.execute(PROBE)  # fails here, not at the first event, when read-only
     db.execute("PRAGMA busy_timeout = 0")  # a reader must not hold up the other workers
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process redacted
+    checkpoint(db, path, EMPTY_WAL)  # of what a killed process redacted
 
 
 def is_gone(path: Path) -> bool:
@@ -253,6 +253,51 @@ def conclude(db: sqlite3.Connection, statement: str) -> None:
         raise
 
 
+COPY_WAL = "PRAGMA wal_checkpoint"  # as far as readers allow
+RESTART_WAL = "PRAGMA wal_checkpoint(RESTART)"  # all of it: the next commit starts it anew
+EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"  # the same, and cut the file to nothing
+
+
+def checkpoint(db: sqlite3.Connection, path: Path, statement: str) -> tuple[int, int, int]:
+    """Copy the WAL of the database at `path` into it, and sync.
+
+    Return whether somebody was in the way, the pages of the WAL, and how many are copied.
+    Raises sqlite3.Error; then all is copied again the next time.
+    """
+    try:
+        return db.execute(statement).fetchone()
+    except sqlite3.Error:
+        copy_again(path)
+        raise
+
+
+def copy_again(path: Path) -> None:
+    """Have all of the WAL copied once more, also what SQLite counts as copied.
+
+    The kernel reports a failed write-back once to each open file. What it has lost, the next
+    sync does not miss. SQLite has the WAL index open: to open it here, and close it, would end
+    SQLite's locks. Without /proc nothing is done.
+    """
+    for descriptor in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # it is gone, or only names the file
+            if descriptor.samefile(wal_paths(path)[1]):
+                reset_copied(int(descriptor.name))
+
+
+def reset_copied(index: int) -> None:
+    """Set the count of copied pages in a WAL index to zero, when no checkpoint is under way.
+
+    The count is at byte 96, and the lock of checkpoints at byte 121: see
+    https://sqlite.org/walformat.html. Who holds that lock for ten seconds meets the error, too.
+    """
+    for _ in range(1000):
+        if lock_range(index, "F_OFD_SETLK", fcntl.F_WRLCK, 121, 1):
+            os.pwrite(index, bytes(4), 96)
+            lock_range(index, "F_OFD_SETLK", fcntl.F_UNLCK, 121, 1)
+            return
+        time.sleep(0.01)
+
+
 def lock_path(path: Path) -> Path:
     """Return the file whose lock queues the writers of the database at `path`."""
     return path.with_name(path.name + ".lock")
@@ -290,12 +335,17 @@ def move_gate(lock: int, movement: int) -> None:
     lock_range(lock, "F_OFD_SETLKW", movement, 0, 0)
 
 
-def lock_range(file: int, command: str, kind: int, start: int, length: int) -> None:
-    """Set a lock of the open file itself, not of the process, where the system knows it."""
+def lock_range(file: int, command: str, kind: int, start: int, length: int) -> bool:
+    """Set a lock of the open file itself, not of the process; tell whether that was done.
+
+    It is done only where the system knows such locks, as Linux does.
+    """
     if hasattr(fcntl, command):
         with contextlib.suppress(OSError):
-            span = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
+            span = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)  # struct flock
             fcntl.fcntl(file, getattr(fcntl, command), span)
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -687,8 +737,12 @@ class Journal:
         """Start the writer thread, once."""
         with self.starting:
             if self.thread is None or not self.thread.is_alive():
-                self.thread = threading.Thread(target=self.write_forever, daemon=True)
-                self.thread.start()
+                thread = threading.Thread(target=self.write_forever, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    raise JournalError("no thread can be started") from None
+                self.thread = thread
 
     def stop(self) -> None:
         """Finish what is in line, end the threads, and close the database."""
@@ -706,7 +760,7 @@ class Journal:
             if batch:
                 self.serve(batch)
             else:
-                self.stuck = None  # nothing is due
+                self.rest()
             self.checkpointer.add(10 + len(delivery.body) // 4096 for delivery in batch)
         self.checkpointer.join()
         self.close()
@@ -714,14 +768,29 @@ class Journal:
     def serve(self, batch: list[Delivery]) -> None:
         """Commit `batch`, with what else is in line when its turn comes; wake the requests."""
         self.stuck = self.stuck or time.monotonic()
-        with turn(self.path):
-            with contextlib.suppress(queue.Empty):
-                while len(batch) < MAX_WAITING:
-                    batch.append(self.line.get_nowait())
-            self.settle(batch)
-        for delivery in batch:
-            delivery.done.release()
+        try:
+            with turn(self.path):
+                with contextlib.suppress(queue.Empty):
+                    while len(batch) < MAX_WAITING:
+                        batch.append(self.line.get_nowait())
+                self.settle(batch)
+        finally:
+            for delivery in batch:
+                delivery.done.release()
         log_deliveries(batch)
+
+    def rest(self) -> None:
+        """While nothing is due, notice what became of the files; empty a WAL that rests, too.
+
+        So what was removed or replaced by mistake is noticed before others damage it, and it
+        holds all events but those of the last seconds.
+        """
+        self.stuck = None
+        with turn(self.path):
+            self.settle([])
+        with contextlib.suppress(OSError):
+            wal = wal_paths(self.path)[0].stat()
+            self.checkpointer.scrub |= wal.st_size > 0 and time.time() - wal.st_mtime > 1.0
 
     def settle(self, batch: list[Delivery]) -> None:
         """Commit `batch`; if an event is to blame for a failure, each event by itself.
@@ -740,13 +809,17 @@ class Journal:
             if len(batch) > 1:
                 for delivery in batch:
                     self.settle([delivery])
-            elif batch[0].event and batch[0].event.name in HANDLERS and not batch[0].fault:
+            elif (
+                batch and batch[0].event and batch[0].event.name in HANDLERS and not batch[0].fault
+            ):
                 batch[0].fault = explain_error(error)
                 self.settle(batch)
 
     def commit(self, batch: list[Delivery]) -> None:
         """Store, project and dispatch `batch` in one transaction; set each outcome."""
         db = self.open()
+        if not batch:
+            return
         deliveries = [delivery for delivery in batch if delivery.event]
         with transaction(db):
             last, redactions = db.execute(JOURNAL_STATE).fetchone()
@@ -788,7 +861,7 @@ class Journal:
             self.db.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
             self.db.execute("PRAGMA journal_size_limit = 67108864")  # once it has grown beyond
-            self.empty_wal()
+            self.sync_wal()
             self.hold_files(*wal_paths(self.path))
             self.require_same()
         if self.checkpointer.db is None:
@@ -822,8 +895,8 @@ class Journal:
             except FileNotFoundError:
                 raise DatabaseBusyError("a file was removed while it was opened") from None
 
-    def empty_wal(self) -> None:
-        """Copy into the database file, and sync, what the WAL holds at the start.
+    def sync_wal(self) -> None:
+        """Sync what the WAL holds at the start, and copy it as far as readers allow.
 
         A commit whose fsync failed may come back when the WAL is read anew. Its redelivery
         would be taken for a duplicate, and acknowledged without being on disk.
@@ -834,7 +907,7 @@ class Journal:
     def copy_wal(self, tries: int) -> bool | None:
         """Copy the WAL into the database; tell whether all of it, or None if others are at it."""
         for _ in range(tries):
-            blocked, pages, copied = self.db.execute("PRAGMA wal_checkpoint").fetchone()
+            blocked, pages, copied = checkpoint(self.db, self.path, COPY_WAL)
             if not blocked:
                 return pages == copied
             time.sleep(0.01)
@@ -877,7 +950,7 @@ class Journal:
     def close(self) -> None:
         """Drop the connections, whatever state they are in."""
         wal = wal_paths(self.path)[0]
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if wal in self.files and wal.stat().st_size and not self.is_same(wal):
                 self.lock_database()  # or SQLite may end this WAL with its own
         if self.db:
@@ -912,6 +985,7 @@ class Checkpointer:
         self.limit = WAL_PAGES
         self.scrub = True  # redacted bytes may be in the WAL, at first those of a killed process
         self.scrubbed = 0.0  # when that was last tried
+        self.blocked = 0  # how often in vain
 
     def open(self, file: int) -> None:
         """Open the database whose descriptor is `file`."""
@@ -948,53 +1022,48 @@ class Checkpointer:
         self.db = self.reader = None
 
     def run(self, db: sqlite3.Connection, reader: sqlite3.Connection) -> None:
-        """Copy and sync what is in the WAL, again while much is added; end it when it is long."""
-        sync = getattr(os, "fdatasync", os.fsync)  # macOS has fsync alone
+        """Copy what is in the WAL, again while much is added; end it when it is long."""
         try:
             db.execute("PRAGMA busy_timeout = 0")
             copied = 0
             while (pages := self.copy(db, reader)) > copied + 500:
                 copied = pages
-                sync(self.file)  # SQLite leaves that to the end of the WAL
             if self.scrub or pages > self.limit:
                 with turn(self.path):
                     self.end_wal(db, pages)
         except (OSError, sqlite3.Error) as error:
             log.error("the WAL could not be copied, to be tried again: %s", reason(error))
-            with turn(self.path):
-                self.copy_again()
 
     def copy(self, db: sqlite3.Connection, reader: sqlite3.Connection) -> int:
-        """Copy what the WAL holds while commits add to it; return how many pages it has.
+        """Copy and sync what the WAL holds, beside the commits; return how many pages it has.
 
-        The reader keeps them from starting the WAL anew meanwhile. Without it, SQLite before
-        3.51.3 may take new pages for copied ones: see https://sqlite.org/wal.html#walresetbug
+        The reader keeps commits from starting the WAL anew meanwhile. Without it, SQLite before
+        3.51.3 may take new pages for copied ones: see https://sqlite.org/wal.html#walresetbug.
+        (When all is copied already, commits may start it anew, but then the reader keeps the
+        checkpoint from copying.) SQLite itself would leave the sync to the end of the WAL.
         """
         reader.execute("BEGIN")
         try:
             reader.execute("SELECT 1 FROM events").fetchone()
-            return db.execute("PRAGMA wal_checkpoint").fetchone()[1]
+            pages = checkpoint(db, self.path, COPY_WAL)[1]
+            getattr(os, "fdatasync", os.fsync)(self.file)  # macOS has fsync alone
+            return pages
+        except OSError:
+            copy_again(self.path)
+            raise
         finally:
             reader.execute("END")
-
-    def copy_again(self) -> None:
-        """Have all of the WAL copied once more, also what SQLite counts as copied.
-
-        A failed sync is reported once; what it has lost, the next one does not miss. SQLite has
-        the WAL index open: to open it here, and close it, would end SQLite's locks.
-        """
-        for descriptor in Path("/proc/self/fd").glob("*"):
-            with contextlib.suppress(OSError):  # it is gone, or only names the file
-                if descriptor.samefile(wal_paths(self.path)[1]):
-                    reset_copied(int(descriptor.name))
 
     def end_wal(self, db: sqlite3.Connection, pages: int) -> None:
         """Empty the WAL for a redaction; if it is long, let the next commit start it anew."""
         if db is not self.db:
             return  # dropped meanwhile, with its database or its WAL
         if self.scrub:
-            blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            blocked = checkpoint(db, self.path, EMPTY_WAL)[0]
             self.scrub, self.scrubbed = bool(blocked), time.monotonic()
+            self.blocked = self.blocked + 1 if blocked else 0
+            if self.blocked == 10:
+                log.warning("a reader keeps the WAL from being emptied, of removed bodies, too")
         if pages > self.limit:
             self.restart_wal(db, pages)
 
@@ -1004,27 +1073,12 @@ class Checkpointer:
         Wait a second for readers to let go of it; if they do not, let it double.
         """
         deadline = time.monotonic() + 1.0
-        while db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0]:
+        while checkpoint(db, self.path, RESTART_WAL)[0]:
             if time.monotonic() > deadline:
                 self.limit = 2 * pages
                 return
             time.sleep(0.002)  # SQLite's own busy handler would sleep past a reader's pauses
         self.limit = WAL_PAGES
-
-
-def reset_copied(index: int) -> None:
-    """Set the count of copied pages in a WAL index to zero, when no checkpoint is under way.
-
-    The count is at byte 96, and the lock of checkpoints at byte 121: see
-    https://sqlite.org/walformat.html
-    """
-    for _ in range(100):  # not for long: nobody can commit meanwhile
-        with contextlib.suppress(BlockingIOError):
-            fcntl.lockf(index, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 121)
-            break
-        time.sleep(0.01)
-    os.pwrite(index, bytes(4), 96)
-    fcntl.lockf(index, fcntl.LOCK_UN, 1, 121)
 
 
 def take_core() -> None:
@@ -1659,7 +1713,7 @@ def scrub_wal(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA busy_timeout = 0")  # wait for readers without stopping the service
     for _ in range(50):
         with write_lock(current_app.config["KYC"].database):
-            if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if not checkpoint(db, current_app.config["KYC"].database, EMPTY_WAL)[0]:
                 return
         time.sleep(0.1)
     raise DatabaseError("removed, but a reader keeps the bytes in the WAL: end it, run this again")

@@ -7,10 +7,12 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -397,6 +399,52 @@ def test_pages_that_a_failed_sync_has_lost_are_copied_again(
     assert stored(database) == [f"evt_{number}" for number in range(100)]
 
 
+def copied_pages(database):
+    """Return the count of copied pages in the WAL index."""
+    return struct.unpack("I", database.with_name("kyc.db-shm").read_bytes()[96:100])[0]
+
+
+def test_failed_checkpoint_is_made_anew_from_the_start(checkpointer, send, database):
+    send("inquiry.approved")
+    kyc.checkpoint(checkpointer.db, database, kyc.COPY_WAL)
+    assert copied_pages(database) > 0
+
+    class Connection:
+        """Fail as SQLite does when the disk is broken."""
+
+        def execute(self, statement):
+            raise sqlite3.OperationalError("disk I/O error")
+
+    with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+        kyc.checkpoint(Connection(), database, kyc.EMPTY_WAL)
+    assert copied_pages(database) == 0
+
+
+def test_count_of_copied_pages_is_set_when_no_checkpoint_is_under_way(tmp_path):
+    index = tmp_path / "kyc.db-shm"
+    index.write_bytes(b"1" * 200)
+    code = """if True:
+        import fcntl, sys
+        file = open(sys.argv[1], "r+b")
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, 121)
+        print("locked", flush=True)
+        sys.stdin.read()
+    """
+    command = [sys.executable, "-c", code, index]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
+        index.open("r+b") as file,
+    ):
+        assert other.stdout.readline() == b"locked\n"
+        thread = threading.Thread(target=kyc.reset_copied, args=[file.fileno()])
+        thread.start()
+        time.sleep(0.2)
+        assert index.read_bytes() == b"1" * 200
+        other.stdin.close()
+        thread.join(15)
+        assert index.read_bytes() == b"1" * 96 + bytes(4) + b"1" * 100
+
+
 def fail(_):
     """Do as a broken disk does."""
     raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -438,7 +486,7 @@ def test_database_replaced_while_it_is_opened_is_noticed(
     flask("backup", str(copy))
     journal.close()
     with monkeypatch.context() as moment:
-        moment.setattr(journal, "empty_wal", lambda: copy.rename(database))
+        moment.setattr(journal, "sync_wal", lambda: copy.rename(database))
         assert send("inquiry.approved", event_id="evt_1").status_code == 503
     assert send("inquiry.approved", event_id="evt_2").status_code == 200
     assert stored(database) == ["evt_0", "evt_2"]
@@ -481,6 +529,67 @@ def test_nothing_is_acknowledged_while_the_wal_is_gone(app, checkpointer, send, 
     assert send("inquiry.approved", event_id="evt_3").status_code == 503
     app.extensions["journal"].close()
     assert stored(database) == ["evt_0", "evt_2"]
+
+
+def test_process_at_rest_notices_that_the_wal_is_gone(app, checkpointer, send, database):
+    send("inquiry.approved", event_id="evt_1")
+    for suffix in ("-wal", "-shm"):
+        database.with_name("kyc.db" + suffix).unlink()
+    wait_until(lambda: checkpointer.db is None)
+    shutil.copy(database, database.with_name("copy.db"))
+    assert stored(database.with_name("copy.db")) == ["evt_0", "evt_1"]
+
+
+def test_process_at_rest_takes_over_a_database_put_in_place(app, send, database, flask):
+    aside, copy = database.with_name("aside.db"), database.with_name("copy.db")
+    send("inquiry.approved", event_id="evt_1")
+    flask("backup", str(copy))
+    send("inquiry.approved", event_id="evt_2")
+    inode = copy.stat().st_ino
+    database.rename(aside)
+    copy.rename(database)
+    journal = app.extensions["journal"]
+    wait_until(lambda: os.fstat(journal.files[database]).st_ino == inode)
+    assert stored(aside) == ["evt_1", "evt_2"]
+    assert stored(database) == ["evt_1"]
+
+
+def test_wal_that_rests_is_emptied(checkpointer, send, database):
+    send("inquiry.approved", event_id="evt_1")
+    wait_until(lambda: database.with_name("kyc.db-wal").stat().st_size == 0)
+    shutil.copy(database, database.with_name("copy.db"))
+    assert stored(database.with_name("copy.db")) == ["evt_0", "evt_1"]
+
+
+def test_folder_that_cannot_be_looked_into_is_a_503_with_the_reason(app, send, database):
+    folder = database.parent / "data"
+    folder.mkdir()
+    journal = app.extensions["journal"]
+    journal.path = journal.checkpointer.path = folder / "kyc.db"
+    kyc.prepare_database(journal.path)
+    assert send("inquiry.approved", event_id="evt_1").status_code == 200
+    folder.rename(database.parent / "away")
+    folder.touch()
+    response = send("inquiry.approved", event_id="evt_2")
+    assert (response.status_code, response.json["reason"]) == (503, "Not a directory")
+    folder.unlink()
+    (database.parent / "away").rename(folder)
+    assert send("inquiry.approved", event_id="evt_2").status_code == 200
+    assert stored(journal.path) == ["evt_1", "evt_2"]
+
+
+def test_no_thread_to_be_had_is_a_503(send, client, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse_thread)
+        response = send("inquiry.approved")
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
+        assert client.get("/healthz").status_code == 503
+    assert send("inquiry.approved").status_code == 200
+
+
+def refuse_thread(_):
+    """Do as Python does when the system gives no thread."""
+    raise RuntimeError("can't start new thread")
 
 
 def test_last_to_close_saves_a_wal_that_was_removed(app, checkpointer, send, database):
