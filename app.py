@@ -291,7 +291,8 @@ def reset_copied(index: int) -> None:
     https://sqlite.org/walformat.html. Who holds that lock for ten seconds meets the error, too.
     """
     for _ in range(1000):
-        if lock_range(index, "F_OFD_SETLK", fcntl.F_WRLCK, 121, 1):
+        with contextlib.suppress(BlockingIOError):
+            lock_range(index, "F_OFD_SETLK", fcntl.F_WRLCK, 121, 1)
             os.pwrite(index, bytes(4), 96)
             lock_range(index, "F_OFD_SETLK", fcntl.F_UNLCK, 121, 1)
             return
@@ -332,20 +333,15 @@ def move_gate(lock: int, movement: int) -> None:
     It is another kind of lock on the same file. Where there is none, as on macOS, processes
     may have to wait longer.
     """
-    lock_range(lock, "F_OFD_SETLKW", movement, 0, 0)
+    with contextlib.suppress(OSError):
+        lock_range(lock, "F_OFD_SETLKW", movement, 0, 0)
 
 
-def lock_range(file: int, command: str, kind: int, start: int, length: int) -> bool:
-    """Set a lock of the open file itself, not of the process; tell whether that was done.
-
-    It is done only where the system knows such locks, as Linux does.
-    """
+def lock_range(file: int, command: str, kind: int, start: int, length: int) -> None:
+    """Set a lock of the open file itself, not of the process, where the system knows it."""
     if hasattr(fcntl, command):
-        with contextlib.suppress(OSError):
-            span = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)  # struct flock
-            fcntl.fcntl(file, getattr(fcntl, command), span)
-            return True
-    return False
+        span = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)  # struct flock
+        fcntl.fcntl(file, getattr(fcntl, command), span)
 
 
 @contextlib.contextmanager
@@ -965,7 +961,8 @@ class Journal:
         Who closes it last copies the WAL, and removes the one at the path. The lock is that of
         a reader (https://sqlite.org/lockingv3.html), held until the file is left.
         """
-        lock_range(self.files[self.path], "F_OFD_SETLK", fcntl.F_RDLCK, 0x40000002, 510)
+        with contextlib.suppress(OSError):
+            lock_range(self.files[self.path], "F_OFD_SETLK", fcntl.F_RDLCK, 0x40000002, 510)
 
 
 class Checkpointer:
