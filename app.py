@@ -205,11 +205,15 @@ def prepare_database(path: Path) -> None:
 
 def apply_schema(db: sqlite3.Connection, path: Path, schema: str) -> None:
     """Bring an open database up to date, and try whether it takes events."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version:
+        db.execute(JOURNAL_STATE).fetchone()  # fails here on another application's file
+    elif db.execute("SELECT EXISTS (SELECT 1 FROM sqlite_schema)").fetchone()[0]:
+        raise DatabaseError("the file belongs to another application")
     if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
         raise DatabaseError("its disk does not support WAL")
-    if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+    if version < SCHEMA_VERSION:
         db.executescript("BEGIN IMMEDIATE;" + schema + "COMMIT;")
-    db.execute(JOURNAL_STATE).fetchone()  # fails here on another application's file
     with transaction(db):
         db.execute(PROBE)  # fails here, not at the first event, when read-only
     db.execute("PRAGMA busy_timeout = 0")  # a reader must not hold up the other workers
@@ -218,7 +222,7 @@ def apply_schema(db: sqlite3.Connection, path: Path, schema: str) -> None:
 
 def is_gone(path: Path) -> bool:
     """Tell whether a database was taken away from its WAL."""
-    return not path.exists() and wal_paths(path)[0].exists()
+    return not os.path.exists(path) and os.path.exists(wal_paths(path)[0])
 
 
 def is_prepared(path: Path) -> bool:
@@ -515,32 +519,49 @@ def read_event(body: bytes, received_at: str) -> Event:
         or received_at
     )
     inner = field(payload, "data")
-    links = read_object(inner if isinstance(inner, dict) else payload)
+    links = read_object(inner if isinstance(inner, dict) else payload, name.rpartition(".")[0])
     return Event(event_id, name, created_at, *links, payload)
 
 
-def read_object(thing: Any) -> tuple[str | None, ...]:
-    """Return type, ID, inquiry ID, account ID and reference ID of a payload's object."""
+def read_object(thing: Any, kind: str) -> tuple[str | None, ...]:
+    """Return type, ID, inquiry ID, account ID and reference ID of a payload's object.
+
+    One without a type is of the `kind` that the event's name begins with.
+    """
     object_type, object_id = text(field(thing, "type")), text(field(thing, "id"))
+    if object_id and not object_type:
+        object_type = text(kind)
     inquiry_id, account_id = related(thing, "inquiry"), related(thing, "account")
     if object_type == "inquiry":
         inquiry_id = object_id
     elif object_type == "account":
         account_id = object_id
     reference_id = text(field(field(thing, "attributes"), "reference-id"))
+    if object_type in NAMED_BY_REFERENCE:
+        reference_id = None
     return object_type, object_id, inquiry_id, account_id, reference_id
 
 
+NAMED_BY_REFERENCE = {"transaction", "importer-pipeline-run"}  # by your ID of them, not of a person
+PLURALS = {"inquiry": "inquiries", "account": "accounts"}
+
+
 def related(thing: Any, kind: str) -> str | None:
-    """Return the ID of the inquiry or account an object points at; the first of several."""
+    """Return the ID of the inquiry or account an object points at; None when of several."""
     relationships = field(thing, "relationships")
-    data = field(field(relationships, kind), "data")
-    if data is None:
-        plural = {"inquiry": "inquiries", "account": "accounts"}[kind]
-        data = field(field(relationships, plural), "data")
-    if isinstance(data, list):
-        data = data[0] if data else None
-    return text(field(data, "id"))
+    things = (
+        point_at(relationships, kind)
+        or point_at(relationships, PLURALS[kind])
+        or [one for one in point_at(relationships, "related-objects") if field(one, "type") == kind]
+    )
+    ids = {text(field(one, "id")) for one in things}
+    return ids.pop() if len(ids) == 1 else None
+
+
+def point_at(relationships: Any, name: str) -> list[Any]:
+    """Return what a relationship points at."""
+    data = field(field(relationships, name), "data")
+    return data if isinstance(data, list) else [data] if data else []
 
 
 def field(mapping: Any, key: str) -> Any:
@@ -1314,17 +1335,17 @@ def refresh_people(db: sqlite3.Connection, people: Iterable[str], moved: bool) -
 # Redaction
 # --------------------------------------------------------------------------------------
 
-REDACTING = {"inquiry.redacted": "inquiry_id", "account.redacted": "account_id"}
+REDACTED = ".redacted"  # what the names of Persona's redactions end with
 
 LATE_EVENTS = """
     WITH late AS MATERIALIZED (
-            SELECT inquiry_id, account_id, reference_id FROM events WHERE rowid > ?),
+            SELECT object_id, inquiry_id, account_id, reference_id FROM events WHERE rowid > ?),
         accounts(id) AS MATERIALIZED (SELECT account_id FROM late
             UNION SELECT account_id FROM events WHERE inquiry_id IN (SELECT inquiry_id FROM late)),
         linked(id) AS MATERIALIZED (SELECT inquiry_id FROM late
             UNION SELECT inquiry_id FROM events WHERE account_id IN (SELECT id FROM accounts)),
         subjects(id) AS (SELECT inquiry_id FROM late UNION SELECT reference_id FROM late
-            UNION SELECT id FROM accounts
+            UNION SELECT object_id FROM late UNION SELECT id FROM accounts
             UNION SELECT reference_id FROM events WHERE account_id IN (SELECT id FROM accounts)
             UNION SELECT reference_id FROM events WHERE inquiry_id IN (SELECT id FROM linked))
     SELECT subject_id, redacted_before FROM redactions WHERE subject_id IN subjects
@@ -1339,9 +1360,8 @@ def redact_new(db: sqlite3.Connection, events: list[Event], last: int, earlier: 
     """
     removed = 0
     for event in events:
-        if event.name in REDACTING:
-            subject = getattr(event, REDACTING[event.name])
-            removed += redact(db, subject, event.created_at) if subject else 0
+        if event.name.endswith(REDACTED) and event.object_id:
+            removed += redact(db, event.object_id, event.created_at)
             earlier = True
     if earlier:
         for subject, before in db.execute(LATE_EVENTS, (last,)).fetchall():
@@ -1352,7 +1372,8 @@ def redact_new(db: sqlite3.Connection, events: list[Event], last: int, earlier: 
 def redact(db: sqlite3.Connection, subject: str, before: str, later: str | None = None) -> int:
     """Remove the bodies of a subject's events created until `before`; return how many.
 
-    `subject` is an inquiry, account or reference ID. An account includes the inquiries that
+    `subject` is an inquiry, account, reference or event ID, or that of another object. An
+    account includes the inquiries that
     any event links to it; a reference ID its inquiries, and its and their accounts with all of
     theirs. What arrives later loses its body, too, if it was created until `later`, else until
     `before`.
@@ -1365,35 +1386,47 @@ def redact(db: sqlite3.Connection, subject: str, before: str, later: str | None 
         """,
         (subject, later or before),
     )
-    ids = json.dumps(find_subjects(db, subject))
-    return db.execute(REMOVE_BODIES, {"now": utc_now(), "ids": ids, "before": before}).rowcount
-
-
-def find_subjects(db: sqlite3.Connection, subject: str) -> list[str]:
-    """Return the ID of a subject, and those of the accounts and inquiries that belong to it."""
-    query = """
-        WITH own(id) AS (
-            SELECT ?1
-            UNION SELECT account_id FROM events WHERE reference_id = ?1 AND account_id IS NOT NULL
-            UNION SELECT account_id FROM events WHERE account_id IS NOT NULL
-                AND inquiry_id IN (SELECT inquiry_id FROM events WHERE reference_id = ?1))
-        SELECT id FROM own
-        UNION SELECT inquiry_id FROM events
-            WHERE account_id IN (SELECT id FROM own) AND inquiry_id IS NOT NULL
-        UNION SELECT inquiry_id FROM events WHERE reference_id = ?1 AND inquiry_id IS NOT NULL
-    """
-    return [row[0] for row in db.execute(query, (subject,))]
+    rows = json.dumps(find_events(db, subject))
+    return db.execute(REMOVE_BODIES, {"now": utc_now(), "rows": rows, "before": before}).rowcount
 
 
 REMOVE_BODIES = """
     UPDATE events SET body = NULL, redacted_at = :now,
         error = substr(error, 1, instr(error || ':', ':') - 1)  -- the kind, not the message
-    WHERE body IS NOT NULL AND created_at <= :before AND rowid IN (
-        SELECT rowid FROM events WHERE inquiry_id IN (SELECT value FROM json_each(:ids))
-        UNION SELECT rowid FROM events WHERE account_id IN (SELECT value FROM json_each(:ids))
-        UNION SELECT rowid FROM events WHERE reference_id IN (SELECT value FROM json_each(:ids))
-    )
+    WHERE rowid IN (SELECT value FROM json_each(:rows))
+        AND body IS NOT NULL AND created_at <= :before
 """
+
+
+def find_events(db: sqlite3.Connection, subject: str) -> list[int]:
+    """Return the positions of all events of a subject.
+
+    A case or a transaction may concern several people, so it does not tell which inquiry
+    belongs to which account.
+    """
+    query = """
+        WITH own(id) AS (
+                SELECT ?1
+                UNION SELECT account_id FROM events
+                    WHERE reference_id = ?1 AND account_id IS NOT NULL
+                UNION SELECT account_id FROM events WHERE account_id IS NOT NULL
+                    AND COALESCE(object_type, '') NOT IN ('case', 'transaction')
+                    AND inquiry_id IN (SELECT inquiry_id FROM events WHERE reference_id = ?1)),
+            ids(id) AS (
+                SELECT id FROM own
+                UNION SELECT inquiry_id FROM events
+                    WHERE account_id IN (SELECT id FROM own) AND inquiry_id IS NOT NULL
+                    AND COALESCE(object_type, '') NOT IN ('case', 'transaction')
+                UNION SELECT inquiry_id FROM events
+                    WHERE reference_id = ?1 AND inquiry_id IS NOT NULL)
+        SELECT rowid FROM events WHERE inquiry_id IN (SELECT id FROM ids)
+        UNION SELECT rowid FROM events WHERE account_id IN (SELECT id FROM ids)
+        UNION SELECT rowid FROM events WHERE reference_id = ?1
+        UNION SELECT rowid FROM events WHERE object_id = ?1
+            AND object_id IS NOT inquiry_id AND object_id IS NOT account_id
+        UNION SELECT rowid FROM events WHERE event_id = ?1
+    """
+    return [row[0] for row in db.execute(query, (subject,))]
 
 
 # --------------------------------------------------------------------------------------
@@ -1425,7 +1458,8 @@ def on(*names: str) -> Callable[[Handler], Handler]:
 #
 # @on("inquiry.approved")
 # def open_account(db, event):
-#     db.execute("INSERT INTO accounts (reference_id) VALUES (?)", (event.reference_id,))
+#     db.execute("CREATE TABLE IF NOT EXISTS approvals (inquiry_id TEXT PRIMARY KEY) STRICT")
+#     db.execute("INSERT OR IGNORE INTO approvals VALUES (?)", (event.inquiry_id,))
 
 
 def dispatch(db: sqlite3.Connection, event: Event, first: bool, fault: str | None = None) -> str:
@@ -1482,7 +1516,10 @@ def run_handlers(db: sqlite3.Connection, event: Event) -> str | None:
 
 def explain_error(error: BaseException) -> str:
     """Return an exception's kind and message, in words that a table can hold."""
-    words = "".join(traceback.format_exception_only(error)).strip()[:1000]
+    try:
+        words = f"{type(error).__name__}: {error}".removesuffix(": ")[:1000]
+    except Exception:  # of its own __str__
+        words = type(error).__name__
     return words.encode(errors="backslashreplace").decode()
 
 
@@ -1541,6 +1578,8 @@ def read_body(limit: int) -> bytes:
         raise BadRequest from None
     if len(body) > limit:
         raise RequestEntityTooLarge
+    if len(body) < (request.content_length or 0):
+        raise BadRequest  # the client left in the middle
     return body
 
 
@@ -1609,6 +1648,9 @@ def confess(error: Exception) -> Response:
     return answer(500, {"error": "Internal server error"})
 
 
+START_SECONDS = 5.0  # after them, gunicorn is taken to serve
+
+
 def create_app(environ: Mapping[str, str]) -> Flask:
     """Return the service, configured by `environ`; raise ConfigError or DatabaseError.
 
@@ -1628,10 +1670,27 @@ def create_app(environ: Mapping[str, str]) -> Flask:
         warn(config, environ)
         try:
             prepare_database(config.database)
-        except DatabaseBusyError as error:  # a worker that is replaced must not end the service
+        except DatabaseError as error:
+            if not isinstance(error, DatabaseBusyError) and not is_replacement():
+                raise
             log.error("KYC_DATABASE cannot be used for now, events get 503: %s", error)
         atexit.register(app.extensions["journal"].stop)
     return app
+
+
+def is_replacement() -> bool:
+    """Tell whether this is a worker of a gunicorn that serves already, and must not end it.
+
+    A worker is forked, so its command is gunicorn's. Only Linux tells.
+    """
+    parent = Path(f"/proc/{os.getppid()}")
+    try:
+        forked = (parent / "cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
+        begun = int((parent / "stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return False
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - begun / os.sysconf("SC_CLK_TCK")
+    return forked and age > START_SECONDS
 
 
 def start_logging() -> None:
@@ -1665,15 +1724,20 @@ def operation(*decorators: Callable) -> Callable:
     def register(function: Callable) -> click.Command:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
-            path = current_app.config["KYC"].database
+            if sys.stdout:
+                sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may be ASCII
             try:
                 function(*args, **kwargs)
             except (DatabaseError, sqlite3.Error) as error:
+                path = current_app.config["KYC"].database
                 raise click.ClickException(f"KYC_DATABASE {path}: {error}") from None
+            except UnicodeEncodeError:
+                raise click.ClickException("an argument is not UTF-8") from None
             except OSError as error:
                 if error.errno == errno.EPIPE:  # the reader of the pipe has seen enough
                     raise
-                raise click.ClickException(f"{error.filename or path}: {error.strerror}") from None
+                place = f"{error.filename}: " if error.filename else ""
+                raise click.ClickException(f"{place}{error.strerror}") from None
 
         for decorator in reversed(decorators):
             run = decorator(run)
@@ -1830,7 +1894,10 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
         "Persona-Webhook-First-Attempted-At": str(int(time.time())),
     }
     try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.OpenerDirector()  # which follows no redirect, as Persona does not
+        for name in ("HTTP", "HTTPS", "HTTPDefaultError", "Unknown"):
+            opener.add_handler(getattr(urllib.request, f"{name}Handler")())
+        opener.add_handler(urllib.request.HTTPErrorProcessor())
         with opener.open(urllib.request.Request(url, body, headers), timeout=10) as response:
             return response.status, response.read().decode(errors="replace").strip()
     except urllib.error.HTTPError as error:
@@ -1854,6 +1921,8 @@ NAMES_ACCOUNT = {"account", "case", "inquiry", "report"}
 NAMES_INQUIRY = NAMES_ACCOUNT - {"account"} | {"document", "inquiry-session"}
 NAMES_INQUIRY |= {"selfie", "verification"}
 BEFORE_ACCOUNT = {"inquiry.created", "inquiry.started", "inquiry.transitioned", "inquiry.expired"}
+WITH_ACCOUNT = {"transaction.added-relation", "transaction.status-updated"}
+WITH_ACCOUNT |= {"transaction.sentinel-session-processed"}
 PERSON = {
     **{"name-first": "Jane", "name-middle": None, "name-last": "Doe", "birthdate": "1994-12-30"},
     **{"address-street-1": "123 Main St", "address-city": "San Francisco"},
@@ -1888,7 +1957,7 @@ def build_event(
     if not kind or not happening:
         raise click.BadParameter("an event is named like inquiry.approved", param_hint="NAME")
     family = kind.split("/")[0]
-    if (family in NAMES_ACCOUNT and name not in BEFORE_ACCOUNT) or name == "graph-query.completed":
+    if (family in NAMES_ACCOUNT and name not in BEFORE_ACCOUNT) or name in WITH_ACCOUNT:
         account_id = account_id or new_id("act")
     if family in NAMES_INQUIRY and not kind.startswith("report/business-"):
         inquiry_id = inquiry_id or new_id("inq")
@@ -2014,14 +2083,15 @@ def inflect(value: Any, inflection: str) -> Any:
 
 
 PEOPLE = """
-    SELECT reference_id FROM kyc_status WHERE reference_id = ?1
+    WITH accounts(id) AS (SELECT ?1 UNION SELECT account_id FROM events WHERE inquiry_id = ?1
+        AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = ?1))
+    SELECT id FROM accounts
     UNION SELECT person FROM inquiries WHERE inquiry_id = ?1
     UNION SELECT i.person FROM events AS e JOIN inquiries AS i USING (inquiry_id)
-        WHERE e.account_id = ?1
-    UNION SELECT reference_id FROM events AS e
-        WHERE account_id = ?1 AND reference_id IS NOT NULL
-            AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = e.inquiry_id)
-    UNION SELECT reference_id FROM kyc_timeline WHERE reference_id = ?1
+        WHERE e.account_id IN (SELECT id FROM accounts) AND i.account_id = e.account_id
+    UNION SELECT reference_id FROM events AS e WHERE reference_id IS NOT NULL
+        AND (inquiry_id = ?1 OR account_id IN (SELECT id FROM accounts))
+        AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = e.inquiry_id)
 """
 
 
@@ -2035,15 +2105,17 @@ def status(reference_id: str, as_json: bool) -> None:
     REFERENCE_ID may also be an inquiry or account ID. Example: flask status user-42
     """
     with contextlib.closing(open_database(readonly=True)) as db:
-        people = [row[0] for row in db.execute(PEOPLE, (reference_id,))]
-        if not people:
-            raise click.ClickException(f"{reference_id}: no event names this ID")
-        for person in people:
+        known = False
+        for (person,) in db.execute(PEOPLE, (reference_id,)).fetchall():
             query = "SELECT * FROM kyc_status WHERE reference_id = ?"
             row = db.execute(query, (person,)).fetchone()
             standing = dict(row) if row else {"reference_id": person, "status": None}
             timeline = db.execute("SELECT * FROM kyc_timeline WHERE reference_id = ?", (person,))
-            show_person(standing, [dict(event) for event in timeline], as_json)
+            if events := [dict(event) for event in timeline]:
+                show_person(standing, events, as_json)
+                known = True
+        if not known:
+            raise click.ClickException(f"{printable(reference_id)}: no event names this ID")
 
 
 def show_person(standing: dict[str, Any], timeline: list[dict[str, Any]], as_json: bool) -> None:
@@ -2121,6 +2193,7 @@ def list_events(wanted: dict[str, Any]) -> tuple[list[sqlite3.Row], int]:
     """Return journal rows in order, and the position to go on from; sees the file anew."""
     after = wanted["after"]
     with contextlib.closing(open_database(readonly=True)) as db:
+        db.execute("BEGIN")  # one view of the journal for all three
         end = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0]
         if after is None:
             after = (db.execute(BEFORE_NEWEST, wanted).fetchone() or [0])[0]
@@ -2144,17 +2217,22 @@ def show_events(rows: list[sqlite3.Row], as_json: bool) -> None:
 
 @operation(click.argument("event_id", nargs=-1))
 def replay(event_id: tuple[str, ...]) -> None:
-    """Run the handlers of failed events again; of all of them when no EVENT_ID is given.
+    """Run the handlers of failed events again; of all that have their body when none is given.
 
     Example: flask replay evt_2aBcDeFgHiJkLmNoPqRsTuVw
     """
     with contextlib.closing(open_database()) as db:
-        query = "SELECT event_id FROM failed_events ORDER BY position"
-        failed = [row[0] for row in db.execute(query)]
+        query = """
+            SELECT f.event_id, e.body IS NOT NULL FROM failed_events AS f
+            JOIN events AS e USING (event_id) ORDER BY position
+        """
+        failed = dict(map(tuple, db.execute(query)))
         if unknown := [printable(name) for name in event_id if name not in failed]:
             raise click.ClickException(f"{', '.join(unknown)}: not a failed event")
-        done = [replay_event(db, name) for name in event_id or failed]
-    click.echo(f"{done.count(True)} processed, {done.count(False)} failed")
+        done = [replay_event(db, name) for name in event_id or filter(failed.get, failed)]
+    passed_over = len(failed) - len(done) if not event_id else 0
+    note = f", {passed_over} passed over: their bodies were removed" if passed_over else ""
+    click.echo(f"{done.count(True)} processed, {done.count(False)} failed{note}")
     if not all(done):
         raise click.exceptions.Exit(1)
 
@@ -2276,23 +2354,21 @@ DROP_INQUIRIES = "DELETE FROM inquiries WHERE inquiry_id IN (SELECT value FROM j
 
 @operation(
     click.argument("subject", metavar="ID"),
-    click.option("--yes", is_flag=True, help="Do not ask."),
+    click.option("--yes", is_flag=True, help="Do not ask, as when there is no terminal."),
 )
 def redact_command(subject: str, yes: bool) -> None:
-    """Remove the bodies of an inquiry, account or reference ID.
+    """Remove the bodies of an inquiry, account, reference or event ID, or of a case.
 
     Status, metadata and hash stay. Events of ID that arrive later but were created before
     now are stored without a body. Example: flask redact user-42
     """
     query = """
         SELECT count(*), count(body) FROM events
-        WHERE inquiry_id IN (SELECT value FROM json_each(:ids))
-            OR account_id IN (SELECT value FROM json_each(:ids))
-            OR reference_id IN (SELECT value FROM json_each(:ids))
+        WHERE rowid IN (SELECT value FROM json_each(?))
     """
     with contextlib.closing(open_database()) as db:
-        ids = json.dumps(find_subjects(db, subject))
-        found, bodies = db.execute(query, {"ids": ids}).fetchone()
+        rows = json.dumps(find_events(db, subject))
+        found, bodies = db.execute(query, (rows,)).fetchone()
         if not found:
             raise click.ClickException(f"{subject}: no event names this ID")
         confirm(f"Remove the bodies of {bodies} of {found} events of {subject}?", yes)
@@ -2318,7 +2394,7 @@ PRUNE = """
         required=True,
         help="An age such as 90d, or a time.",
     ),
-    click.option("--yes", is_flag=True, help="Do not ask."),
+    click.option("--yes", is_flag=True, help="Do not ask, as when there is no terminal."),
 )
 def prune(before: str, yes: bool) -> None:
     """Remove all bodies of events that were created before a time.
@@ -2351,6 +2427,8 @@ def backup(path: Path) -> None:
 
     Example: flask backup /var/backups/kyc-monday.db
     """
+    if not path.name:
+        raise click.ClickException(f"{path}: is a folder; name a file")
     part = path.with_name(path.name + ".part")
     if os.path.lexists(path):
         raise click.ClickException(f"{path}: exists already; a backup never overwrites")
@@ -2361,9 +2439,10 @@ def backup(path: Path) -> None:
     try:
         with contextlib.closing(open_database(readonly=True)) as db:
             copy_database(db, part)
-        os.link(part, path)  # fails when the name was taken meanwhile
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # fails when the name was taken meanwhile
+        part.rename(path)
     finally:
-        part.unlink()
+        part.unlink(missing_ok=True)
     click.echo(f"{path}: {path.stat().st_size} bytes, checked")
 
 
@@ -2447,15 +2526,18 @@ def check_database(db: sqlite3.Connection) -> Iterator[Finding]:
     verdict = db.execute("PRAGMA integrity_check").fetchone()[0]
     advice = "" if verdict == "ok" else "; restore a backup"
     yield not advice, "integrity", f"{printable(verdict)}{advice}"
-    total, odd, failed = db.execute(
+    total, odd, failed, lost = db.execute(
         """
         SELECT count(*), COALESCE(sum(state = 'unrecognized'), 0),
-            (SELECT count(*) FROM failed_events) FROM events
+            COALESCE(sum(state = 'failed' AND body IS NOT NULL), 0),
+            COALESCE(sum(state = 'failed' AND body IS NULL), 0) FROM events
         """
     ).fetchone()
     yield True, "events", f"{total} in the journal, {odd} unrecognized"
     advice = "; see the view failed_events, mend the handler, then flask replay" if failed else ""
     yield not failed, "handlers", f"{failed} failed events{advice}"
+    if lost:
+        yield True, "handlers", f"{lost} more failed for good: their bodies were removed"
 
 
 # --------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ CREATE INDEX IF NOT EXISTS events_by_account
     ON events (account_id) WHERE account_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS events_by_reference
     ON events (reference_id) WHERE reference_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS events_by_object
+    ON events (object_id) WHERE object_id IS NOT inquiry_id AND object_id IS NOT account_id;
 CREATE INDEX IF NOT EXISTS events_failed
     ON events (state) WHERE state = 'failed';
 

@@ -284,6 +284,41 @@ def test_status_finds_a_person_by_an_account_without_inquiry(fill, flask):
     assert (person["reference_id"], len(person["timeline"])) == ("user-1", 2)
 
 
+@pytest.mark.parametrize("identifier", ["inq_1", "act_1", "user-1"])
+def test_status_finds_a_person_without_status_by_any_id(fill, flask, identifier):
+    fill("verification.passed", inquiry_id="inq_1", account_id="act_1")
+    fill("account.created", account_id="act_1", reference_id="user-1")
+    lines = flask("status", identifier, "--json").stdout.splitlines()
+    assert [json.loads(line)["reference_id"] for line in lines] == ["user-1"]
+    assert len(json.loads(lines[0])["timeline"]) == 2
+
+
+def test_status_of_an_account_leaves_out_who_shares_a_case_with_it(fill, flask):
+    fill("inquiry.approved", inquiry_id="inq_1", account_id="act_1", reference_id="user-1")
+    fill("inquiry.approved", inquiry_id="inq_2", account_id="act_2", reference_id="user-2")
+    fill("case.created", inquiry_id="inq_1", account_id="act_2")
+    lines = flask("status", "act_2", "--json").stdout.splitlines()
+    assert [json.loads(line)["reference_id"] for line in lines] == ["user-2"]
+
+
+def test_output_is_legible_on_a_terminal_without_unicode(fill, flask):
+    fill("inquiry.approved", reference_id="\u65e5")
+    process = flask("status", "\u65e5", PYTHONIOENCODING="latin-1")
+    assert process.stdout.startswith("\\u65e5: approved\n")
+
+
+def test_argument_that_is_not_utf8_is_one_line(fill, flask):
+    assert_one_line(flask("status", b"\xff", check=False), "an argument is not UTF-8")
+
+
+def test_full_disk_of_the_output_is_not_blamed_on_the_database(fill, begin, database):
+    fill("inquiry.approved", reference_id="user-1")
+    with open("/dev/full", "wb") as full:
+        process = begin("status", "user-1", stdout=full, stderr=subprocess.PIPE, text=True)
+        words = process.communicate(timeout=30)[1]
+    assert words.startswith("Error: No space left on device\n")
+
+
 def test_output_cannot_move_the_cursor(fill, flask):
     fill("inquiry.approved", reference_id="user\x1b[2J")
     assert "\x1b" not in flask("status", "user\x1b[2J").stdout
@@ -433,10 +468,17 @@ def test_replay_of_what_did_not_fail_is_refused(failed, flask):
 
 def test_replay_of_a_redacted_event_says_why_it_fails(failed, flask):
     flask("redact", "user-1")
-    process = flask("replay", check=False)
+    process = flask("replay", "evt_1", check=False)
     assert process.returncode == 1
     assert "evt_1 failed: its body was removed" in process.stdout
-    assert process.stdout.endswith("0 processed, 2 failed\n")
+    assert process.stdout.endswith("0 processed, 1 failed\n")
+
+
+def test_failed_events_whose_bodies_were_removed_stop_nobody(failed, flask, database):
+    flask("redact", "evt_1")
+    output = flask("replay").stdout
+    assert output.endswith("1 processed, 0 failed, 1 passed over: their bodies were removed\n")
+    assert "1 more failed for good: their bodies were removed" in flask("check").stdout
 
 
 # rebuild
@@ -517,6 +559,12 @@ def test_backup_never_overwrites(fill, flask, tmp_path):
     copy.write_text("precious")
     assert_one_line(flask("backup", str(copy), check=False), "copy.db", "exists")
     assert copy.read_text() == "precious"
+
+
+@pytest.mark.parametrize("path", [".", "/", ""])
+def test_backup_needs_a_file_name(fill, flask, path):
+    fill("inquiry.approved")
+    assert_one_line(flask("backup", path, check=False), "name a file")
 
 
 def test_failed_backup_leaves_nothing_behind(fill, environ, tmp_path):
@@ -669,7 +717,33 @@ def test_unreachable_server_is_one_line(flask):
     assert_one_line(process, url, "Connection refused")
 
 
-@pytest.mark.parametrize("url", ["nonsense", "http://127.0.0.1:port/", "http://[::1"])
+def test_redirect_is_shown_and_not_followed(flask):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        redirecting = threading.Thread(target=redirect, args=(server,))
+        redirecting.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/webhook"
+        process = flask("trigger", "inquiry.created", "--url", url, check=False)
+        redirecting.join(10)
+    assert process.returncode == 1
+    assert process.stdout.endswith(" -> 301 moved\n")
+
+
+def redirect(server):
+    """Answer one request as a proxy does that wants another address."""
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(65536)
+        connection.sendall(
+            b"HTTP/1.1 301 Moved Permanently\r\nLocation: /\r\nContent-Length: 5\r\n\r\nmoved"
+        )
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):  # or what is not read would reset the connection
+            pass
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "http://127.0.0.1:port/", "http://[::1", "file:///dev/null", "data:,x"]
+)
 def test_wrong_url_is_one_line(flask, url):
     assert_one_line(flask("trigger", "inquiry.created", "--url", url, check=False), url)
 

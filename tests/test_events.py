@@ -109,10 +109,32 @@ def test_links_through_relationships():
     assert event[3:8] == ("verification/selfie", "ver_1", "inq_1", None, None)
 
 
-def test_first_of_several_related_objects():
-    several = {"data": [{"id": "inq_1"}, {"id": "inq_2"}]}
-    thing = {"type": "case", "id": "case_1", "relationships": {"inquiries": several}}
-    assert read(wrap(thing, "case.created")).inquiry_id == "inq_1"
+@pytest.mark.parametrize(
+    ("inquiries", "found"), [([], None), (["inq_1"], "inq_1"), (["inq_1", "inq_2"], None)]
+)
+def test_only_one_of_a_kind_is_linked(inquiries, found):
+    listed = {"inquiries": {"data": [{"type": "inquiry", "id": name} for name in inquiries]}}
+    thing = {"type": "case", "id": "case_1", "relationships": listed}
+    assert read(wrap(thing, "case.created")).inquiry_id == found
+
+
+def test_transaction_names_the_account_it_is_related_to_and_nobody_by_reference():
+    related = [{"type": "account", "id": "act_1"}, {"type": "transaction", "id": "txn_2"}]
+    thing = {
+        "type": "transaction",
+        "id": "txn_1",
+        "attributes": {"reference-id": "user-42"},
+        "relationships": {"related-objects": {"data": related}},
+    }
+    event = read(wrap(thing, "transaction.created"))
+    assert event[3:8] == ("transaction", "txn_1", None, "act_1", None)
+
+
+def test_object_without_a_type_is_of_the_kind_of_its_event():
+    thing = {"id": "inq_1", "attributes": {"reference-id": "user-42"}}
+    body = {"id": "evt_1", "type": "inquiry.approved", "data": thing}
+    event = kyc.read_event(json.dumps(body).encode(), kyc.utc_now())
+    assert event[3:8] == ("inquiry", "inq_1", "inq_1", None, "user-42")
 
 
 @pytest.mark.parametrize("thing", [None, [], {}, "x", 7, {"type": 1, "id": [], "attributes": 2}])

@@ -285,6 +285,8 @@ def test_client_gone_in_the_middle_of_its_body_stores_nothing(serve, database):
     server = serve()
     with connect(server) as client:
         client.sendall(raw_request(build())[:-10])
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
     body = build(event_id="evt_whole")
     assert server.send(body)[0] == 200
     assert count_events(database) == 1
@@ -342,6 +344,24 @@ def test_worker_that_starts_while_the_database_is_gone_makes_no_other(serve, dat
         os.rename(f"{database}.away", database)
         wait_until(progress(load))
     assert_kept(database, load.accepted)
+
+
+def test_worker_that_cannot_start_ends_nothing_once_others_have_served(serve, tmp_path):
+    folder, away = tmp_path / "data", tmp_path / "away"
+    folder.mkdir()
+    server = serve(KYC_DATABASE=str(folder / "kyc.db"))
+    assert server.send(build(event_id="evt_1"))[0] == 200
+    time.sleep(6)  # gunicorn is taken to serve then
+    folder.rename(away)
+    folder.touch()
+    os.kill(*children(server), signal.SIGKILL)
+    time.sleep(2)
+    assert server.process.poll() is None, server.log.read_text()[-1000:]
+    assert server.send(build(event_id="evt_2"))[0] == 503
+    folder.unlink()
+    away.rename(folder)
+    assert server.send(build(event_id="evt_2"))[0] == 200
+    assert count_events(folder / "kyc.db") == 2
 
 
 def test_worker_that_starts_on_a_full_disk_ends_nothing(serve, small_disk):

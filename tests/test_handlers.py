@@ -122,6 +122,18 @@ def test_handler_cannot_end_the_transaction(send, db, handlers, meddle):
     assert send("inquiry.declined").status_code == 200
 
 
+def test_error_begins_with_its_kind_so_that_redaction_can_cut_the_rest():
+    for error in (
+        SyntaxError("at Jane", ("x", 1, 1, "Jane")),
+        ValueError("Jane"),
+        KeyError("Jane"),
+    ):
+        assert kyc.explain_error(error).partition(":")[0] == type(error).__name__
+    silent = ValueError()
+    silent.add_note("Jane")
+    assert kyc.explain_error(silent) == "ValueError"
+
+
 @pytest.mark.parametrize("text", ["\ud800", "x" * 5_000_000])
 def test_odd_error_text_is_kept_as_far_as_it_can_be(send, db, notes, text):
     notes["error"] = ValueError(text)

@@ -219,6 +219,48 @@ def test_person_includes_the_account_of_their_inquiry_in_any_order(app, db, data
     assert kept(database) == []
 
 
+def test_person_of_a_shared_case_keeps_what_is_theirs(send, database):
+    send(plant(inquiry_id="inq_2", account_id="act_2", event_id="evt_1"))
+    send(plant("case.created", inquiry_id="inq_2", account_id="act_1", event_id="evt_2"))
+    send("account.redacted", account_id="act_1", event_id="evt_3")
+    assert kept(database) == ["evt_1"]
+
+
+def test_your_id_of_a_transaction_is_nobodys(serve, flask, database):
+    server = serve()
+    server.send(plant("transaction.created", reference_id="42", event_id="evt_1"))
+    server.send(plant("inquiry.approved", reference_id="42", event_id="evt_2"))
+    assert flask("redact", "42").stdout == "1 body removed\n"
+    assert kept(database) == ["evt_1"]
+
+
+@pytest.mark.parametrize("kind", ["case", "transaction", "verification/selfie", "report/phone"])
+@pytest.mark.parametrize("late", [False, True])
+def test_whatever_persona_redacts_is_redacted(send, database, kind, late):
+    events = [
+        with_object(kind, "obj_1", f"{kind}.created", event_id="evt_1", created_at=EARLY),
+        with_object(kind, "obj_2", f"{kind}.created", event_id="evt_2", created_at=EARLY),
+        with_object(kind, "obj_1", f"{kind}.redacted", event_id="evt_3", created_at=LATER),
+    ]
+    for event in reversed(events) if late else events:
+        assert send(event).status_code == 200
+    assert kept(database) == ["evt_2"]
+
+
+def with_object(kind, object_id, name, **ids):
+    """Return the body of an event about an object that belongs to one inquiry with others."""
+    event = json.loads(plant(name, inquiry_id="inq_1", **ids))
+    event["data"]["attributes"]["payload"]["data"] |= {"type": kind, "id": object_id}
+    return json.dumps(event).encode()
+
+
+def test_body_without_an_event_can_be_redacted_by_the_id_it_was_given(serve, flask, database):
+    serve().send(MARKER.encode())
+    ((event_id,),) = query(database, "SELECT event_id FROM events")
+    assert flask("redact", event_id).stdout == "1 body removed\n"
+    assert bytes_on_disk(database) == 0
+
+
 def store(app, body):
     """Put an event into the journal."""
     delivery = kyc.Delivery(kyc.read_event(body, EARLY), body, EARLY)

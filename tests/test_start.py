@@ -115,6 +115,7 @@ def prepare(path, action):
         (lambda path: path.write_bytes(b"not a database" * 99), "file is not a database"),
         (lambda path: path.mkdir(), "Is a directory"),
         (lambda path: path.parent.rmdir(), "No such file or directory"),
+        (lambda path: path.parent.rmdir() or path.parent.touch(), "Not a directory"),
     ],
 )
 def test_unusable_database_is_refused(tmp_path, action, words):
@@ -123,11 +124,18 @@ def test_unusable_database_is_refused(tmp_path, action, words):
     assert prepare(folder / "kyc.db", action) == words
 
 
-def test_database_of_another_application_is_refused(tmp_path):
-    with contextlib.closing(sqlite3.connect(tmp_path / "kyc.db")) as db:
-        db.execute("PRAGMA user_version = 1")
-    with pytest.raises(kyc.DatabaseError, match="no such table"):
-        kyc.prepare_database(tmp_path / "kyc.db")
+@pytest.mark.parametrize(
+    ("version", "words"), [(0, "belongs to another application"), (1, "no such table")]
+)
+def test_database_of_another_application_is_refused_as_it_is(tmp_path, version, words):
+    path = tmp_path / "kyc.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE songs (title)")
+        db.execute(f"PRAGMA user_version = {version}")
+    before = path.read_bytes()
+    with pytest.raises(kyc.DatabaseError, match=words):
+        kyc.prepare_database(path)
+    assert path.read_bytes() == before
 
 
 def test_database_of_a_newer_release_is_refused(app, db, database):
