@@ -182,8 +182,8 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
 def prepare_database(path: Path) -> None:
     """Create the database if there is none, mode 0600, and bring its schema up to date.
 
-    Raises DatabaseError when that cannot be done; DatabaseBusyError when it can be later, and
-    there are events already, which a new file would cut off from their WAL.
+    Raises DatabaseError when that cannot be done; DatabaseBusyError when there are events
+    already, and only something is in the way of them.
     """
     schema = SCHEMA.read_text()
     if is_gone(path):
@@ -703,7 +703,8 @@ class Journal:
 
     - A delivery has an outcome only after the commit that holds it was fsynced.
     - Every delivery that was taken is woken, whatever its commit raises; the thread
-      survives, and the next commit starts on a fresh connection.
+      survives, and the next commit starts on a fresh connection, unless a file is gone and
+      may come back.
     - No request waits longer than ANSWER_SECONDS. A delivery that is given up may still be
       committed later; its redelivery is then a duplicate.
     - No delivery waits while the WAL is copied, but for the end of a long one: see
@@ -870,14 +871,14 @@ class Journal:
             self.guard_wal()
         if self.db is None:
             take_core()
-            while changed:  # the space of a WAL that was removed must come free
-                os.close(self.files.pop(changed.pop()))
+            for path in changed:  # the space of a WAL that was removed must come free
+                os.close(self.files.pop(path))
             self.hold_files(self.path)
             self.db = connect(self.path)
             self.require_same()
             self.db.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
             self.db.execute("PRAGMA wal_autocheckpoint = 0")
-            self.db.execute("PRAGMA journal_size_limit = 67108864")  # once it has grown beyond
+            self.db.execute("PRAGMA journal_size_limit = 67108864")  # of a WAL that starts anew
             self.sync_wal()
             self.hold_files(*wal_paths(self.path))
             self.require_same()
@@ -948,7 +949,7 @@ class Journal:
             path.unlink()
 
     def guard_wal(self) -> None:
-        """Store nothing, as the WAL or its index was taken away: it would be lost with it.
+        """Raise FileNotFoundError, as the WAL or its index was taken away: commits would be lost.
 
         If the index is gone, nobody can join it, and the WAL can still be copied. Others may
         use a new WAL with the old index; then even a checkpoint would damage the database.
@@ -1337,7 +1338,7 @@ def refresh_people(db: sqlite3.Connection, people: Iterable[str], moved: bool) -
 
 REDACTED = ".redacted"  # what the names of Persona's redactions end with
 
-LATE_EVENTS = """
+EARLIER_REDACTIONS = """  -- of whom the new events concern
     WITH late AS MATERIALIZED (
             SELECT object_id, inquiry_id, account_id, reference_id FROM events WHERE rowid > ?),
         accounts(id) AS MATERIALIZED (SELECT account_id FROM late
@@ -1364,7 +1365,7 @@ def redact_new(db: sqlite3.Connection, events: list[Event], last: int, earlier: 
             removed += redact(db, event.object_id, event.created_at)
             earlier = True
     if earlier:
-        for subject, before in db.execute(LATE_EVENTS, (last,)).fetchall():
+        for subject, before in db.execute(EARLIER_REDACTIONS, (last,)).fetchall():
             removed += redact(db, subject, before)
     return removed
 

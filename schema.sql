@@ -10,9 +10,9 @@ CREATE TABLE IF NOT EXISTS events (
     received_at  TEXT NOT NULL,  -- when it was stored
     object_type  TEXT,           -- inquiry, verification/government-id ...
     object_id    TEXT,
-    inquiry_id   TEXT,           -- of the object, or through its relationships
+    inquiry_id   TEXT,           -- of the object, or the only one in its relationships
     account_id   TEXT,
-    reference_id TEXT,
+    reference_id TEXT,           -- your ID of the person; NULL for a transaction, which has its own
     attempt      INTEGER,        -- Persona-Webhook-Attempts-Made of the delivery that was stored
     body_sha256  TEXT NOT NULL,  -- hex, of the bytes as received; outlives the body
     state        TEXT NOT NULL CHECK (state IN ('processed', 'failed', 'unrecognized')),
@@ -58,7 +58,7 @@ BEGIN
     SELECT RAISE(ABORT, 'the journal is append-only: a body may only be removed');
 END;
 
--- Whose bodies are not kept: an inquiry, account or reference ID, and until when.
+-- Whose bodies are not kept: of an inquiry, account or reference ID, or another, and until when.
 CREATE TABLE IF NOT EXISTS redactions (
     subject_id      TEXT NOT NULL PRIMARY KEY,
     redacted_before TEXT NOT NULL  -- events created at or before this are stored without a body
