@@ -798,10 +798,10 @@ class Journal:
         log_deliveries(batch)
 
     def rest(self) -> None:
-        """While nothing is due, notice what became of the files; empty a WAL that rests, too.
+        """While nothing is due, look after the files, and empty a WAL that rests.
 
-        So what was removed or replaced by mistake is noticed before others damage it, and it
-        holds all events but those of the last seconds.
+        So what somebody removes or replaces is noticed before others act on it; and then the
+        database alone holds all events but those of the last seconds.
         """
         self.stuck = None
         with turn(self.path):
@@ -822,14 +822,12 @@ class Journal:
                 self.close()
             for delivery in batch:  # without the traceback, which would keep the connection
                 delivery.outcome, delivery.error = None, error.with_traceback(None)
-            if is_obstacle(error):
+            if is_obstacle(error) or not batch:
                 return
             if len(batch) > 1:
                 for delivery in batch:
                     self.settle([delivery])
-            elif (
-                batch and batch[0].event and batch[0].event.name in HANDLERS and not batch[0].fault
-            ):
+            elif batch[0].event and batch[0].event.name in HANDLERS and not batch[0].fault:
                 batch[0].fault = explain_error(error)
                 self.settle(batch)
 
@@ -998,7 +996,7 @@ class Checkpointer:
         self.path = path
         self.db: sqlite3.Connection | None = None
         self.reader: sqlite3.Connection | None = None
-        self.file = -1  # the database, to sync it by: what that reports once, SQLite's is told, too
+        self.file = -1  # the database, to sync it by; SQLite's own learns of an error, too
         self.thread: threading.Thread | None = None
         self.pages = 0  # about, that were written since the last start
         self.limit = WAL_PAGES
@@ -1374,10 +1372,9 @@ def redact(db: sqlite3.Connection, subject: str, before: str, later: str | None 
     """Remove the bodies of a subject's events created until `before`; return how many.
 
     `subject` is an inquiry, account, reference or event ID, or that of another object. An
-    account includes the inquiries that
-    any event links to it; a reference ID its inquiries, and its and their accounts with all of
-    theirs. What arrives later loses its body, too, if it was created until `later`, else until
-    `before`.
+    account includes the inquiries that events link to it; a reference ID its inquiries, and its
+    and their accounts with all of theirs. What arrives later loses its body, too, if it was
+    created until `later`, else until `before`.
     """
     db.execute(
         """
