@@ -292,9 +292,9 @@ def reset_copied(index: int) -> None:
     """Set the count of copied pages in a WAL index to zero, when no checkpoint is under way.
 
     The count is at byte 96, and the lock of checkpoints at byte 121: see
-    https://sqlite.org/walformat.html. Who holds that lock for ten seconds meets the error, too.
+    https://sqlite.org/walformat.html. Who holds that lock for three seconds meets the error, too.
     """
-    for _ in range(1000):
+    for _ in range(300):
         with contextlib.suppress(BlockingIOError):
             lock_range(index, "F_OFD_SETLK", fcntl.F_WRLCK, 121, 1)
             os.pwrite(index, bytes(4), 96)
@@ -803,9 +803,11 @@ class Journal:
         So what somebody removes or replaces is noticed before others act on it; and then the
         database alone holds all events but those of the last seconds.
         """
+        self.stuck = time.monotonic()  # the turn may be long in coming
+        with turn(self.path), contextlib.suppress(OSError, sqlite3.Error):
+            self.path.stat()
+            self.notice_changes()
         self.stuck = None
-        with turn(self.path):
-            self.settle([])
         with contextlib.suppress(OSError):
             wal = wal_paths(self.path)[0].stat()
             self.checkpointer.scrub |= wal.st_size > 0 and time.time() - wal.st_mtime > 1.0
@@ -822,7 +824,7 @@ class Journal:
                 self.close()
             for delivery in batch:  # without the traceback, which would keep the connection
                 delivery.outcome, delivery.error = None, error.with_traceback(None)
-            if is_obstacle(error) or not batch:
+            if is_obstacle(error):
                 return
             if len(batch) > 1:
                 for delivery in batch:
@@ -834,8 +836,6 @@ class Journal:
     def commit(self, batch: list[Delivery]) -> None:
         """Store, project and dispatch `batch` in one transaction; set each outcome."""
         db = self.open()
-        if not batch:
-            return
         deliveries = [delivery for delivery in batch if delivery.event]
         with transaction(db):
             last, redactions = db.execute(JOURNAL_STATE).fetchone()
@@ -851,7 +851,7 @@ class Journal:
                 delivery.outcome = dispatch(db, delivery.event, first, delivery.fault)
                 new.discard(delivery.event.event_id)
             if redact_new(db, events, last, bool(redactions)):
-                self.checkpointer.scrub = True
+                self.checkpointer.scrub = self.checkpointer.removed = True
             if len(deliveries) < len(batch):
                 db.execute(PROBE)
         self.stuck = None
@@ -862,15 +862,9 @@ class Journal:
     def open(self) -> sqlite3.Connection:
         """Return the connection; open it anew when the file at the path is another one."""
         self.path.stat()  # while the database is gone, it may come back
-        changed = [path for path in self.files if not self.is_same(path)]
-        if self.path in changed:
-            self.leave_database()
-        elif changed and self.db:
-            self.guard_wal()
+        self.notice_changes()
         if self.db is None:
             take_core()
-            for path in changed:  # the space of a WAL that was removed must come free
-                os.close(self.files.pop(path))
             self.hold_files(self.path)
             self.db = connect(self.path)
             self.require_same()
@@ -883,6 +877,16 @@ class Journal:
         if self.checkpointer.db is None:
             self.checkpointer.open(self.files[self.path])
         return self.db
+
+    def notice_changes(self) -> None:
+        """Let go of a database that was replaced; raise FileNotFoundError if its WAL is gone."""
+        changed = [path for path in self.files if not self.is_same(path)]
+        if self.path in changed:
+            self.leave_database()
+        elif changed and self.db:
+            self.guard_wal()
+        for path in changed:  # the space of a WAL that was removed must come free
+            os.close(self.files.pop(path))
 
     def is_same(self, path: Path) -> bool:
         """Tell whether the file at `path` is the one that was opened."""
@@ -1003,6 +1007,7 @@ class Checkpointer:
         self.scrub = True  # redacted bytes may be in the WAL, at first those of a killed process
         self.scrubbed = 0.0  # when that was last tried
         self.blocked = 0  # how often in vain
+        self.removed = False  # bodies are known to be in it
 
     def open(self, file: int) -> None:
         """Open the database whose descriptor is `file`."""
@@ -1079,8 +1084,9 @@ class Checkpointer:
             blocked = checkpoint(db, self.path, EMPTY_WAL)[0]
             self.scrub, self.scrubbed = bool(blocked), time.monotonic()
             self.blocked = self.blocked + 1 if blocked else 0
-            if self.blocked == 10:
-                log.warning("a reader keeps the WAL from being emptied, of removed bodies, too")
+            if self.blocked == 10 and self.removed:
+                log.warning("a reader keeps removed bodies in the WAL: end it")
+            self.removed &= self.scrub
         if pages > self.limit:
             self.restart_wal(db, pages)
 
@@ -1882,7 +1888,6 @@ def trigger(
 def post(url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
     """POST a delivery as Persona does; return status and body of the answer."""
     import http.client  # here, so that the service need not hold them
-    import urllib.error
     import urllib.request
 
     headers |= {
@@ -1893,13 +1898,10 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
     }
     try:
         opener = urllib.request.OpenerDirector()  # which follows no redirect, as Persona does not
-        for name in ("HTTP", "HTTPS", "HTTPDefaultError", "Unknown"):
+        for name in ("HTTP", "HTTPS", "Unknown"):
             opener.add_handler(getattr(urllib.request, f"{name}Handler")())
-        opener.add_handler(urllib.request.HTTPErrorProcessor())
         with opener.open(urllib.request.Request(url, body, headers), timeout=10) as response:
             return response.status, response.read().decode(errors="replace").strip()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(errors="replace").strip()
     except (OSError, ValueError, http.client.HTTPException) as error:
         cause = printable(getattr(error, "reason", None) or error or type(error).__name__)
         raise click.ClickException(f"{url}: {cause}; does the server run?") from None
@@ -2082,14 +2084,17 @@ def inflect(value: Any, inflection: str) -> Any:
 
 PEOPLE = """
     WITH accounts(id) AS (SELECT ?1 UNION SELECT account_id FROM events WHERE inquiry_id = ?1
-        AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = ?1))
-    SELECT id FROM accounts
-    UNION SELECT person FROM inquiries WHERE inquiry_id = ?1
-    UNION SELECT i.person FROM events AS e JOIN inquiries AS i USING (inquiry_id)
-        WHERE e.account_id IN (SELECT id FROM accounts) AND i.account_id = e.account_id
-    UNION SELECT reference_id FROM events AS e WHERE reference_id IS NOT NULL
-        AND (inquiry_id = ?1 OR account_id IN (SELECT id FROM accounts))
-        AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = e.inquiry_id)
+            AND COALESCE(object_type, '') NOT IN ('case', 'transaction')
+            AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = ?1)),
+        people(person, guessed) AS (
+            SELECT id, 1 FROM accounts
+            UNION ALL SELECT person, 0 FROM inquiries WHERE inquiry_id = ?1
+            UNION ALL SELECT i.person, 0 FROM events AS e JOIN inquiries AS i USING (inquiry_id)
+                WHERE e.account_id IN (SELECT id FROM accounts) AND i.account_id = e.account_id
+            UNION ALL SELECT reference_id, 0 FROM events AS e
+                WHERE (inquiry_id = ?1 OR account_id IN (SELECT id FROM accounts))
+                AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = e.inquiry_id))
+    SELECT person, min(guessed) FROM people WHERE person IS NOT NULL GROUP BY person ORDER BY 2
 """
 
 
@@ -2104,13 +2109,14 @@ def status(reference_id: str, as_json: bool) -> None:
     """
     with contextlib.closing(open_database(readonly=True)) as db:
         known = False
-        for (person,) in db.execute(PEOPLE, (reference_id,)).fetchall():
+        for person, guessed in db.execute(PEOPLE, (reference_id,)).fetchall():
             query = "SELECT * FROM kyc_status WHERE reference_id = ?"
             row = db.execute(query, (person,)).fetchone()
             standing = dict(row) if row else {"reference_id": person, "status": None}
-            timeline = db.execute("SELECT * FROM kyc_timeline WHERE reference_id = ?", (person,))
-            if events := [dict(event) for event in timeline]:
-                show_person(standing, events, as_json)
+            rows = db.execute("SELECT * FROM kyc_timeline WHERE reference_id = ?", (person,))
+            timeline = [dict(event) for event in rows]
+            if row or (timeline and not (guessed and known)):
+                show_person(standing, timeline, as_json)
                 known = True
         if not known:
             raise click.ClickException(f"{printable(reference_id)}: no event names this ID")
@@ -2207,7 +2213,8 @@ def show_events(rows: list[sqlite3.Row], as_json: bool) -> None:
         else:
             line = EVENT_LINE.format(*map(printable, row[:6]))
             click.secho(line, fg="red" if row["state"] == "failed" else None)
-    sys.stdout.flush()
+    if sys.stdout:
+        sys.stdout.flush()
 
 
 # flask replay, rebuild: mend

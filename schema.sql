@@ -104,8 +104,8 @@ CREATE TABLE IF NOT EXISTS kyc_status (
 
 -- Every event of a person, in order:
 --   SELECT * FROM kyc_timeline WHERE reference_id = 'user-42';
--- An event belongs to the person of its inquiry; else to its reference ID; else to all whose
--- account it names. What nobody is known for is listed under its account ID or inquiry ID.
+-- An event belongs to the person of its inquiry; else to its reference ID; else to its account ID,
+-- and to everyone whose account that is; else to its inquiry ID.
 CREATE VIEW IF NOT EXISTS kyc_timeline AS
     WITH accounts(person, account_id) AS (
         SELECT person, account_id FROM inquiries AS i
@@ -113,11 +113,11 @@ CREATE VIEW IF NOT EXISTS kyc_timeline AS
             WHERE person = i.person AND account_id = i.account_id AND inquiry_id < i.inquiry_id)
         UNION ALL
         SELECT reference_id, account_id FROM events AS e
-        WHERE reference_id IS NOT NULL AND account_id IS NOT NULL
+        WHERE reference_id IS NOT NULL AND object_type = 'account'
           AND NOT EXISTS (SELECT 1 FROM inquiries
             WHERE person = e.reference_id AND account_id = e.account_id)
-          AND NOT EXISTS (SELECT 1 FROM events
-            WHERE reference_id = e.reference_id AND account_id = e.account_id AND rowid < e.rowid)
+          AND NOT EXISTS (SELECT 1 FROM events AS x WHERE x.reference_id = e.reference_id
+            AND x.account_id = e.account_id AND x.object_type = 'account' AND x.rowid < e.rowid)
     )
     SELECT i.person AS reference_id, e.created_at AS event_at, e.name AS event_name,
            e.event_id, e.inquiry_id, e.account_id, e.received_at, e.state
@@ -132,7 +132,7 @@ CREATE VIEW IF NOT EXISTS kyc_timeline AS
     SELECT a.person, e.created_at, e.name,
            e.event_id, e.inquiry_id, e.account_id, e.received_at, e.state
     FROM accounts AS a JOIN events AS e ON e.account_id = a.account_id
-    WHERE e.reference_id IS NULL
+    WHERE e.reference_id IS NULL AND a.person <> a.account_id
       AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = e.inquiry_id)
     UNION ALL
     SELECT e.account_id, e.created_at, e.name,
@@ -140,9 +140,6 @@ CREATE VIEW IF NOT EXISTS kyc_timeline AS
     FROM events AS e
     WHERE e.account_id IS NOT NULL AND e.reference_id IS NULL
       AND NOT EXISTS (SELECT 1 FROM inquiries WHERE inquiry_id = e.inquiry_id)
-      AND NOT EXISTS (SELECT 1 FROM events AS x LEFT JOIN inquiries AS i USING (inquiry_id)
-        WHERE x.account_id = e.account_id
-          AND (x.reference_id IS NOT NULL OR i.account_id = x.account_id))
     UNION ALL
     SELECT e.inquiry_id, e.created_at, e.name,
            e.event_id, e.inquiry_id, e.account_id, e.received_at, e.state

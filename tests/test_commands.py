@@ -293,6 +293,14 @@ def test_status_finds_a_person_without_status_by_any_id(fill, flask, identifier)
     assert len(json.loads(lines[0])["timeline"]) == 2
 
 
+def test_status_leaves_out_who_only_shares_a_case(fill, flask):
+    fill("inquiry.approved", inquiry_id="inq_1", account_id="act_1", reference_id="user-1")
+    fill("verification.passed", inquiry_id="inq_3")
+    fill("case.created", inquiry_id="inq_3", account_id="act_1")
+    lines = flask("status", "inq_3", "--json").stdout.splitlines()
+    assert [json.loads(line)["reference_id"] for line in lines] == ["inq_3"]
+
+
 def test_status_of_an_account_leaves_out_who_shares_a_case_with_it(fill, flask):
     fill("inquiry.approved", inquiry_id="inq_1", account_id="act_1", reference_id="user-1")
     fill("inquiry.approved", inquiry_id="inq_2", account_id="act_2", reference_id="user-2")

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PAYLOADS, ROOT, build, readers, sign, wait_until
+from conftest import PAYLOADS, ROOT, build, locked_file, readers, sign, wait_until
 
 import app as kyc
 
@@ -540,18 +540,31 @@ def test_process_at_rest_notices_that_the_wal_is_gone(app, checkpointer, send, d
     assert stored(database.with_name("copy.db")) == ["evt_0", "evt_1"]
 
 
-def test_process_at_rest_takes_over_a_database_put_in_place(app, send, database, flask):
+def test_process_at_rest_lets_go_of_a_database_that_was_replaced(app, send, database, flask):
     aside, copy = database.with_name("aside.db"), database.with_name("copy.db")
     send("inquiry.approved", event_id="evt_1")
     flask("backup", str(copy))
     send("inquiry.approved", event_id="evt_2")
-    inode = copy.stat().st_ino
+    before = copy.read_bytes()
     database.rename(aside)
     copy.rename(database)
-    journal = app.extensions["journal"]
-    wait_until(lambda: os.fstat(journal.files[database]).st_ino == inode)
+    wait_until(lambda: app.extensions["journal"].db is None)
+    wait_until(lambda: not database.with_name("kyc.db-wal").exists())
     assert stored(aside) == ["evt_1", "evt_2"]
-    assert stored(database) == ["evt_1"]
+    assert database.read_bytes() == before
+    assert send("inquiry.approved", event_id="evt_3").status_code == 200
+    assert stored(database) == ["evt_1", "evt_3"]
+
+
+def test_lock_that_is_held_at_rest_holds_up_no_delivery_for_long(app, send, database):
+    send("inquiry.approved")
+    with locked_file(database):
+        wait_until(lambda: app.extensions["journal"].stuck)
+        time.sleep(4)
+        began = time.monotonic()
+        assert send("inquiry.approved").status_code == 503
+        assert time.monotonic() - began < 2
+    assert send("inquiry.approved").status_code == 200
 
 
 def test_wal_that_rests_is_emptied(checkpointer, send, database):

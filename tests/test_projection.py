@@ -162,8 +162,17 @@ def test_timeline_holds_what_names_only_the_account_of_a_person(send, db, link):
     send("graph-query.completed", account_id="act_2", created_at=at(4))
     names = ["graph-query.completed", link, "report/business-watchlist.matched"]
     assert [name for person, name in read_timeline(db) if person == "user-1"] == names
+    assert [name for person, name in read_timeline(db) if person == "act_1"] == names[::2]
     assert ("act_2", "graph-query.completed") in read_timeline(db)
-    assert len(read_timeline(db)) == 4
+    assert len(read_timeline(db)) == 6
+
+
+def test_timeline_follows_a_corrected_reference_id(send, db):
+    ids = {"inquiry_id": "inq_1", "account_id": "act_1"}
+    send("inquiry.created", reference_id="user-1", created_at=at(1), **ids)
+    send("inquiry.approved", reference_id="user-2", created_at=at(2), **ids)
+    send("graph-query.completed", account_id="act_1", created_at=at(3))
+    assert {person for person, _ in read_timeline(db)} == {"user-2", "act_1"}
 
 
 def read_timeline(db, column="event_name"):
@@ -187,7 +196,7 @@ EVENTS = st.lists(
         event_id=st.just(""),
         name=FEW([*NAMES, *NAMES, *OTHERS, "verification.passed"]),
         created_at=st.integers(0, 5).map(at),
-        object_type=st.just("inquiry"),
+        object_type=FEW(["inquiry", "inquiry", "account"]),
         object_id=FEW(["inq_1", "inq_2", "inq_3", "ver_1", None]),
         inquiry_id=FEW(["inq_1", "inq_2", "inq_3", None]),
         account_id=FEW([None, None, "act_1", "act_2"]),
@@ -233,7 +242,11 @@ def model_timeline(events, inquiries):
     """Return every pair of a person and an event of theirs, as schema.sql tells them."""
     people = {inquiry: row[0] or row[1] or inquiry for inquiry, row in inquiries.items()}
     accounts = {(row[1], people[inquiry]) for inquiry, row in inquiries.items()}
-    accounts |= {(event.account_id, event.reference_id) for event in events if event.reference_id}
+    accounts |= {
+        (event.account_id, event.reference_id)
+        for event in events
+        if event.reference_id and event.object_type == "account"
+    }
     pairs = []
     for event in events:
         if event.inquiry_id in people:
@@ -244,7 +257,7 @@ def model_timeline(events, inquiries):
             theirs = {
                 person for account, person in accounts if account and account == event.account_id
             }
-            theirs = theirs or {event.account_id or event.inquiry_id} - {None}
+            theirs |= {event.account_id or event.inquiry_id} - {None}
         pairs += [(person, event.event_id) for person in theirs]
     return sorted(pairs)
 
