@@ -805,7 +805,6 @@ class Journal:
         """
         self.stuck = time.monotonic()  # the turn may be long in coming
         with turn(self.path), contextlib.suppress(OSError, sqlite3.Error):
-            self.path.stat()
             self.notice_changes()
         self.stuck = None
         with contextlib.suppress(OSError):
@@ -861,7 +860,6 @@ class Journal:
 
     def open(self) -> sqlite3.Connection:
         """Return the connection; open it anew when the file at the path is another one."""
-        self.path.stat()  # while the database is gone, it may come back
         self.notice_changes()
         if self.db is None:
             take_core()
@@ -879,7 +877,11 @@ class Journal:
         return self.db
 
     def notice_changes(self) -> None:
-        """Let go of a database that was replaced; raise FileNotFoundError if its WAL is gone."""
+        """Let go of a database that was replaced.
+
+        Raises FileNotFoundError while it, or its WAL, is gone and may come back.
+        """
+        self.path.stat()
         changed = [path for path in self.files if not self.is_same(path)]
         if self.path in changed:
             self.leave_database()
@@ -909,9 +911,9 @@ class Journal:
         for path in itertools.filterfalse(self.is_same, paths):
             if path in self.files:
                 os.close(self.files.pop(path))
-            mark = os.O_RDONLY if path == self.path else getattr(os, "O_PATH", os.O_RDONLY)
+            flags = os.O_RDONLY if path == self.path else getattr(os, "O_PATH", os.O_RDONLY)
             try:
-                self.files[path] = os.open(path, mark)
+                self.files[path] = os.open(path, flags)
             except FileNotFoundError:
                 raise DatabaseBusyError("a file was removed while it was opened") from None
 
@@ -1775,10 +1777,11 @@ def report_removal(db: sqlite3.Connection, removed: int) -> None:
 
 def scrub_wal(db: sqlite3.Connection) -> None:
     """Empty the WAL, so that removed bodies are gone from the disk's files as bytes."""
+    path = current_app.config["KYC"].database
     db.execute("PRAGMA busy_timeout = 0")  # wait for readers without stopping the service
     for _ in range(50):
-        with write_lock(current_app.config["KYC"].database):
-            if not checkpoint(db, current_app.config["KYC"].database, EMPTY_WAL)[0]:
+        with write_lock(path):
+            if not checkpoint(db, path, EMPTY_WAL)[0]:
                 return
         time.sleep(0.1)
     raise DatabaseError("removed, but a reader keeps the bytes in the WAL: end it, run this again")

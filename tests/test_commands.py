@@ -280,7 +280,7 @@ def test_status_of_a_person_without_inquiry_shows_the_timeline(fill, flask):
 def test_status_finds_a_person_by_an_account_without_inquiry(fill, flask):
     fill("account.created", account_id="act_1", reference_id="user-1")
     fill("graph-query.completed", account_id="act_1")
-    person = json.loads(flask("status", "act_1", "--json").stdout)
+    (person,) = statuses(flask, "act_1")
     assert (person["reference_id"], len(person["timeline"])) == ("user-1", 2)
 
 
@@ -288,25 +288,29 @@ def test_status_finds_a_person_by_an_account_without_inquiry(fill, flask):
 def test_status_finds_a_person_without_status_by_any_id(fill, flask, identifier):
     fill("verification.passed", inquiry_id="inq_1", account_id="act_1")
     fill("account.created", account_id="act_1", reference_id="user-1")
+    people = statuses(flask, identifier)
+    assert [person["reference_id"] for person in people] == ["user-1"]
+    assert len(people[0]["timeline"]) == 2
+
+
+def statuses(flask, identifier):
+    """Return what `flask status` says, a person each."""
     lines = flask("status", identifier, "--json").stdout.splitlines()
-    assert [json.loads(line)["reference_id"] for line in lines] == ["user-1"]
-    assert len(json.loads(lines[0])["timeline"]) == 2
+    return [json.loads(line) for line in lines]
 
 
 def test_status_leaves_out_who_only_shares_a_case(fill, flask):
     fill("inquiry.approved", inquiry_id="inq_1", account_id="act_1", reference_id="user-1")
     fill("verification.passed", inquiry_id="inq_3")
     fill("case.created", inquiry_id="inq_3", account_id="act_1")
-    lines = flask("status", "inq_3", "--json").stdout.splitlines()
-    assert [json.loads(line)["reference_id"] for line in lines] == ["inq_3"]
+    assert [person["reference_id"] for person in statuses(flask, "inq_3")] == ["inq_3"]
 
 
 def test_status_of_an_account_leaves_out_who_shares_a_case_with_it(fill, flask):
     fill("inquiry.approved", inquiry_id="inq_1", account_id="act_1", reference_id="user-1")
     fill("inquiry.approved", inquiry_id="inq_2", account_id="act_2", reference_id="user-2")
     fill("case.created", inquiry_id="inq_1", account_id="act_2")
-    lines = flask("status", "act_2", "--json").stdout.splitlines()
-    assert [json.loads(line)["reference_id"] for line in lines] == ["user-2"]
+    assert [person["reference_id"] for person in statuses(flask, "act_2")] == ["user-2"]
 
 
 def test_output_is_legible_on_a_terminal_without_unicode(fill, flask):
@@ -726,27 +730,11 @@ def test_unreachable_server_is_one_line(flask):
 
 
 def test_redirect_is_shown_and_not_followed(flask):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        redirecting = threading.Thread(target=redirect, args=(server,))
-        redirecting.start()
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/webhook"
+    head = b"HTTP/1.1 301 Moved Permanently\r\nLocation: /\r\nContent-Length: 5\r\n\r\n"
+    with answering(head + b"moved") as url:
         process = flask("trigger", "inquiry.created", "--url", url, check=False)
-        redirecting.join(10)
     assert process.returncode == 1
     assert process.stdout.endswith(" -> 301 moved\n")
-
-
-def redirect(server):
-    """Answer one request as a proxy does that wants another address."""
-    connection, _ = server.accept()
-    with connection:
-        connection.recv(65536)
-        connection.sendall(
-            b"HTTP/1.1 301 Moved Permanently\r\nLocation: /\r\nContent-Length: 5\r\n\r\nmoved"
-        )
-        connection.shutdown(socket.SHUT_WR)
-        while connection.recv(65536):  # or what is not read would reset the connection
-            pass
 
 
 @pytest.mark.parametrize(
@@ -757,22 +745,31 @@ def test_wrong_url_is_one_line(flask, url):
 
 
 def test_server_that_speaks_another_protocol_is_one_line(flask):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        talker = threading.Thread(target=talk_nonsense, args=(server,))
-        talker.start()
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+    with answering(b"220 mail ready\r\n") as url:
         process = flask("trigger", "inquiry.created", "--url", url, check=False)
-        talker.join(timeout=15)
     assert_one_line(process, url)
 
 
-def talk_nonsense(server):
-    """Answer one connection with what is not HTTP."""
+@contextlib.contextmanager
+def answering(words):
+    """Answer one connection with these bytes, whatever it asks; yields the URL."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer_one, args=(server, words))
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+        thread.join(timeout=15)
+
+
+def answer_one(server, words):
+    """Accept a connection, read what it sends, and answer."""
     server.settimeout(15)
     connection, _ = server.accept()
     with connection:
         connection.recv(65536)
-        connection.sendall(b"220 mail ready\r\n")
+        connection.sendall(words)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):  # or what is not read would reset the connection
+            pass
 
 
 @pytest.mark.parametrize(

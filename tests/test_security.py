@@ -7,10 +7,7 @@ import app as kyc
 
 SOURCE = ast.parse(inspect.getsource(kyc))
 WORDS = ("SELECT ", "INSERT ", "UPDATE ", "DELETE ", "PRAGMA ", "BEGIN")
-PASSED_ON = {
-    "statement",
-    "query",
-}  # arguments, and what relink loops over
+PASSED_ON = {"statement", "query"}  # arguments, and what relink loops over
 SCHEMA = "'BEGIN IMMEDIATE;' + schema + 'COMMIT;'", "SCHEMA.read_text()"  # the file, whole
 
 
