@@ -13,14 +13,13 @@ explains each. The tables, and the rules by which an event sets a status, are in
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("app.py: needs Python 3.11 or newer")
 
 import atexit
 import codecs
 import contextlib
 import dataclasses
-import difflib
 import fcntl
 import hashlib
 import hmac
@@ -41,6 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any, NamedTuple
 
 from flask import Blueprint, Flask, Response, current_app, request
@@ -63,7 +63,7 @@ PLACEHOLDER = re.compile(
 
 
 class ConfigError(ValueError):
-    """A setting makes no sense; the message names the variable."""
+    """A setting, or handlers.py, makes no sense; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,6 @@ def answer_bad_signature(error: "SignatureError") -> Response:
 def answer_unavailable(error: "JournalError") -> Response:
     """Answer 503 for an event that could not be stored: Persona sends it again."""
     log.error("outcome=unavailable reason=%s", quote(str(error)))
-    count("unavailable", 1)
     response = answer(503, {"error": "The event could not be stored", "reason": str(error)})
     response.headers["Retry-After"] = "5"
     return response
@@ -271,7 +270,6 @@ def log_rejection(reason: str, stale: bool = False) -> None:
     """Log why a request was not accepted."""
     words = "outcome=rejected stale=%s reason=%s method=%s path=%s"
     log.warning(words, str(stale).lower(), *map(quote, (reason, request.method, request.path)))
-    count(f"rejected {reason.partition(':')[0]}", 1)
 
 
 def quote(value: str) -> str:
@@ -346,15 +344,6 @@ def read_signatures(headers: Mapping[str, str], scheme: str) -> list[tuple[str, 
     if not valid or len(pairs) > MAX_SIGNATURES:
         raise SignatureError(f"the {name} header is malformed")
     return valid
-
-
-def sign(body: bytes, secret: bytes, scheme: str, timestamp: int) -> dict[str, str]:
-    """Return the headers that Persona, or a relay, would sign `body` with."""
-    signed = body if scheme == "body" else f"{timestamp}.".encode() + body
-    digest = hmac.new(secret, signed, "sha256").hexdigest()
-    if scheme == "split":
-        return {"X-Persona-Signature": digest, "X-Persona-Timestamp": str(timestamp)}
-    return {"Persona-Signature": digest if scheme == "body" else f"t={timestamp},v1={digest}"}
 
 
 # --------------------------------------------------------------------------------------
@@ -454,11 +443,6 @@ def point_at(relationships: Any, name: str) -> list[Any]:
     return data if isinstance(data, list) else [data] if data else []
 
 
-def read_mentions(body: bytes, event: Event) -> set[str]:
-    """Return the inquiries and accounts that `body` names beyond the event's columns."""
-    return {match.decode() for match in set(MENTION.findall(body))} - set(event[3:10])
-
-
 def field(mapping: Any, key: str) -> Any:
     """Return `mapping[key]`, whichever way its keys are inflected; None when absent.
 
@@ -537,22 +521,23 @@ def parse_json(body: bytes) -> Any:
 ANSWER_SECONDS = 4.0  # Persona waits five
 LEAST_SECONDS = 0.2  # to wait while no commit succeeds: then requests queue in front, too
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
-MAX_WAL = 16 * 1024 * 1024  # bytes; a longer WAL is emptied
+MAX_WAL = 16 * 1024 * 1024  # bytes; a longer WAL is copied into the database
+EVENT_BYTES = 40_000  # that an event adds to the WAL beside its body: about ten pages
 
 INSERT_EVENT = """
     INSERT INTO events (event_id, name, created_at, received_at, object_type, object_id,
         object_status, inquiry_id, account_id, reference_id, template_id, source, signed_by,
         attempt, body_sha256, state, body)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT DO NOTHING
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
+"""
+READ_EVENTS = """
+    SELECT rowid, state, event_id, name, created_at, object_type, object_id,
+        object_status, inquiry_id, account_id, reference_id, template_id
+    FROM events WHERE event_id IN (:keys) ORDER BY rowid
 """
 INSERT_MENTION = """
     INSERT INTO mentions (id, position) SELECT ?, rowid FROM events WHERE event_id = ?
     ON CONFLICT DO NOTHING
-"""
-ADD_COUNT = """
-    INSERT INTO counts (name, total) VALUES (?, ?)
-    ON CONFLICT (name) DO UPDATE SET total = counts.total + excluded.total
 """
 
 
@@ -582,15 +567,13 @@ class Delivery:
         """Return the journal row, in the order of INSERT_EVENT."""
         event_id, name, created_at, *columns, _ = self.event
         state = "pending" if name in HANDLERS else "processed"
+        state = UNRECOGNIZED if name == UNRECOGNIZED else state
+        digest = hashlib.sha256(self.body).hexdigest()
+        head = (event_id, name, created_at, self.received_at, *columns, self.source, self.signed_by)
         try:
-            body: str | bytes = self.body.decode()
+            return (*head, self.attempt, digest, state, self.body.decode())
         except UnicodeDecodeError:
-            body = self.body
-        return (
-            *(event_id, name, created_at, self.received_at, *columns),
-            *(self.source, self.signed_by, self.attempt, hashlib.sha256(self.body).hexdigest()),
-            *(UNRECOGNIZED if name == UNRECOGNIZED else state, body),
-        )
+            return (*head, self.attempt, digest, state, self.body)
 
 
 class Journal:
@@ -612,22 +595,23 @@ class Journal:
 
     def __init__(self, config: Config):
         self.config, self.path = config, config.database
-        self.starting = threading.Lock()
         self.reset()
         os.register_at_fork(after_in_child=self.reset)
 
     def reset(self) -> None:
         """Start from nothing, as a process does that has just been forked."""
         self.line: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.starting = threading.Lock()
         self.thread: threading.Thread | None = None
-        self.db: sqlite3.Connection | None = None
+        self.db: Connection | None = None
         self.files: list[Any] = []  # which files are open: the database, its WAL, the WAL's index
-        self.wal_bytes, self.wal_limit = 0, MAX_WAL
+        self.wal_bytes = 0  # about, that commits have added since it was last copied
         self.wal_holds_removed = True  # bodies; at first those that a killed process removed
-        self.busy_since: float | None = None  # since when something is due and nothing succeeded
-        self.looked_at = self.probed_at = 0.0
-        self.probed = ""  # why the last probe failed
         self.rebuilding: Iterator[Any] | None = None
+        self.busy_since: float | None = None  # since when something is due and nothing succeeded
+        self.looked_at = self.probed_at = self.commit_seconds = 0.0
+        self.probed = ""  # why the last probe failed
+        self.commits = 0
         self.stopping = False
 
     def append(self, delivery: Delivery) -> str:
@@ -640,8 +624,10 @@ class Journal:
         if self.line.qsize() >= MAX_WAITING:
             raise JournalError("too many deliveries are waiting for the database")
         self.line.put(delivery)
-        if self.thread is None or not self.thread.is_alive():
-            self.start()
+        with self.starting:
+            if self.thread is None or not self.thread.is_alive():
+                self.thread = threading.Thread(target=self.run, daemon=True)
+                self.thread.start()
         busy = time.monotonic() - (self.busy_since or time.monotonic())
         if not delivery.done.acquire(timeout=max(ANSWER_SECONDS - busy, LEAST_SECONDS)):
             blame = f"the handler {RUNNING[0]}" if RUNNING else "the database"
@@ -661,17 +647,6 @@ class Journal:
                 self.probed = str(error)
         return self.probed
 
-    def start(self) -> None:
-        """Start the writer thread, once."""
-        with self.starting:
-            if self.thread is None or not self.thread.is_alive():
-                thread = threading.Thread(target=self.run, daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    raise JournalError("no thread can be started") from None
-                self.thread = thread
-
     def stop(self) -> None:
         """Finish what is in line, end the thread, and close the database."""
         self.stopping = True
@@ -686,14 +661,14 @@ class Journal:
             batch: list[Delivery] = []
             with contextlib.suppress(queue.Empty):
                 batch.append(self.line.get(timeout=0.001 if self.rebuilding else 1.0))
+            self.busy_since = self.busy_since or time.monotonic()  # a turn may be long in coming
             if batch:
                 self.serve(batch)
-            self.look_after(resting=not batch and not self.rebuilding)
+            self.look_after(resting=not batch)
         self.close()
 
     def serve(self, batch: list[Delivery]) -> None:
         """Commit `batch`, with what else is in line when its turn comes; wake the requests."""
-        self.busy_since = self.busy_since or time.monotonic()
         try:
             with turn(self.path):
                 with contextlib.suppress(queue.Empty):
@@ -730,111 +705,92 @@ class Journal:
         self.busy_since = None
         for delivery, outcome in zip(deliveries, outcomes, strict=True):
             delivery.outcome = outcome
+            self.wal_bytes += EVENT_BYTES + len(delivery.body)
             self.wal_holds_removed |= delivery.event.name.endswith(".redacted")
-        count("commit_seconds", time.perf_counter() - began)
-        count("commits", 1)
+        self.commits += 1
+        self.commit_seconds += time.perf_counter() - began
         dispatch(db, [delivery for delivery in deliveries if delivery.outcome is None])
         for delivery in batch:
             delivery.outcome = delivery.outcome or STORED  # a probe
 
     def look_after(self, resting: bool) -> None:
-        """Once a second, and when due: look at the files, write down the counts, go on with a
-        rebuild, and empty the WAL if it is long, at rest, or holds removed bodies.
+        """Look at the files, go on with a rebuild, and copy the WAL; once a second, or when due.
+
+        At rest, and when it holds removed bodies, the WAL is emptied; otherwise its file is kept,
+        which makes the next commits cheaper.
         """
-        long = self.wal_bytes > self.wal_limit
-        if self.db is None or not (
-            long or self.rebuilding or time.monotonic() > self.looked_at + 1.0
-        ):
+        long = self.wal_bytes > MAX_WAL
+        if not (long or self.rebuilding or time.monotonic() > self.looked_at + 1.0):
             return
-        self.busy_since = self.busy_since or time.monotonic()  # the turn may be long in coming
         try:
             with turn(self.path):
-                if not self.files_changed():
-                    write_counts(self.db)
+                if self.db and not self.is_replaced():
                     if self.rebuilding and next(self.rebuilding, None) is None:
                         self.rebuilding = None
-                    if long or (self.wal_bytes and (resting or self.wal_holds_removed)):
-                        self.empty_wal(seconds=1.0 if long else 0.0)
+                    if resting or self.wal_holds_removed:
+                        self.wal_holds_removed &= not copy_wal(self.db, "TRUNCATE")
+                    elif long:
+                        copy_wal(self.db, "RESTART")
+                    self.wal_bytes = 0 if long or resting else self.wal_bytes
         except FileGoneError:
             pass  # the next delivery is told
         except Exception as error:  # the thread survives; the next delivery opens anew
             log.error("the database cannot be looked after: %s", reason(error))
             self.close()
-        self.looked_at, self.busy_since = time.monotonic(), None
+        self.looked_at = time.monotonic()
+        self.busy_since = None if resting else self.busy_since
 
-    def empty_wal(self, seconds: float) -> bool:
-        """Copy the WAL into the database and cut it to nothing; tell whether that was possible.
-
-        A reader may be in the way: wait so many seconds for it, then let the WAL grow.
-        """
-        self.db.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
-        blocked = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-        self.db.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
-        self.wal_limit = max(MAX_WAL, 2 * self.wal_bytes) if blocked else MAX_WAL
-        self.wal_holds_removed &= bool(blocked)
-        return not blocked
-
-    def open(self) -> sqlite3.Connection:
-        """Return the connection; open it anew when the file at the path is another one.
+    def open(self) -> Connection:
+        """Return the connection; open it anew after a failure, or when the file is another one.
 
         Raises FileGoneError while the database, or the WAL that is open, is not at its path.
         """
-        self.files_changed()
+        self.is_replaced()
         if self.db is None:
-            file = identify(self.path)
-            db = connect(self.path)
+            database, db = identify(self.path)[0], connect(self.path)
             try:
                 prepare(db, self.config)
-                copy_wal(db)
-                self.files = [identify(path) for path in (self.path, *wal_paths(self.path))]
-                if self.files[0] != file or None in self.files:
+                if db.execute("PRAGMA wal_checkpoint").fetchone()[0]:  # as far as readers allow
+                    raise DatabaseError("a stranger copies the WAL")
+                self.files = identify(self.path)
+                if self.files[0] != database or None in self.files:
                     raise DatabaseError("a file was replaced while it was opened")
-                self.rebuilding = rebuild(db) if is_rebuild_due(db) else None
             except BaseException:
                 db.close()
                 raise
-            self.db = db
+            self.db, self.rebuilding = db, rebuild_if_due(db)
         return self.db
 
-    def files_changed(self) -> bool:
-        """Tell whether the connection was dropped, because the database was replaced.
+    def is_replaced(self) -> bool:
+        """Tell whether another database is at the path; then the connection is dropped.
 
         Raises FileGoneError while the database, or the WAL that is open, is not at its path.
         """
-        files = [identify(path) for path in (self.path, *wal_paths(self.path))]
+        files = identify(self.path)
         if files[0] is None:
             raise FileGoneError("the database is gone: bring it back")
-        if self.db is None:
-            return True
-        if files[0] != self.files[0]:
-            self.leave_database()
-            return True
-        if files != self.files:
+        if self.db is None or files == self.files:
+            return False
+        if files[0] == self.files[0]:
             if files[1] is None:
-                self.empty_wal(seconds=0.0)  # nobody else can write to it
+                copy_wal(self.db, "TRUNCATE")  # nobody else can have begun another one
             raise FileGoneError("the WAL is gone: bring it back, or stop and start")
-        self.wal_bytes = os.stat(wal_paths(self.path)[0]).st_size
-        return False
+        self.leave_database(files)
+        return True
 
-    def leave_database(self) -> None:
-        """Let go of a database that was replaced, and take its WAL away with it.
+    def leave_database(self, files: list[Any]) -> None:
+        """Let go of a database that was replaced, and take its WAL out of the way.
 
         SQLite would take that WAL for the new file's, and damage it. What a reader or the disk
-        keeps from being copied into the old file is kept under another name.
+        keeps from being copied into the old file stays under another name.
         """
-        saved = False
+        copied = False
         with contextlib.suppress(sqlite3.Error):
-            saved = self.empty_wal(seconds=1.0)
-        paths = zip(wal_paths(self.path), self.files[1:], strict=True)
-        ours = [path for path, file in paths if identify(path) == file]
+            copied = copy_wal(self.db, "TRUNCATE")
         self.close()
-        for path in ours:
-            if saved or path.name.endswith("-shm"):
-                path.unlink()
-            else:
-                kept = path.with_name(f"{path.name}.{time.time_ns()}")
-                path.rename(kept)
-                log.error("the WAL of the replaced database is kept as %s", kept.name)
+        for path, old, new in zip(wal_paths(self.path), self.files[1:], files[1:], strict=True):
+            if old == new:
+                path.unlink() if copied else path.rename(f"{path}.{time.time_ns()}")
 
     def close(self) -> None:
         """Drop the connection, whatever state it is in."""
@@ -844,61 +800,51 @@ class Journal:
         self.db = self.rebuilding = None
 
 
-def store(db: sqlite3.Connection, deliveries: list[Delivery]) -> list[str | None]:
+def store(db: Connection, deliveries: list[Delivery]) -> list[str | None]:
     """Journal and project the events of `deliveries`, in a transaction of the caller.
 
     Return what became of each: STORED, DUPLICATE, UNRECOGNIZED, or None when its handlers are
-    still to run. A second copy of an event counts as a duplicate, but may name IDs that the
-    first one lacked.
+    still to run. Another copy of an event is a duplicate, but may name IDs that the first lacked.
     """
     rows = [delivery.row() for delivery in deliveries]
     inserted = db.executemany(INSERT_EVENT, rows).rowcount if rows else 0
-    events = [delivery.event for delivery in deliveries]
-    mentions = [
-        (mention, delivery.event.event_id)
-        for delivery in deliveries
-        for mention in read_mentions(delivery.body, delivery.event)
-    ]
-    if mentions:
-        db.executemany(INSERT_MENTION, mentions)
-    new = dict.fromkeys(event.event_id for event in events)
+    new = {row[0]: row[-2] for row in rows}  # event ID -> state
+    states, events = new.copy(), [delivery.event for delivery in deliveries]
     if inserted < len(rows):
-        last = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0] - inserted
         found = select(db, READ_EVENTS, list(new))
-        events = [Event(*row[2:]) for row in found]
-        new = {row["event_id"]: None for row in found if row["position"] > last}
-        states = {row["event_id"]: row["state"] for row in found}
-    else:
-        states = {row[0]: row[-2] for row in rows}
+        last = db.execute("SELECT COALESCE(max(rowid), 0) FROM events").fetchone()[0] - inserted
+        new = {event_id: state for position, state, event_id, *_ in found if position > last}
+        states = {event_id: state for _, state, event_id, *_ in found}
+        events = [Event(*columns) for _, _, *columns in found]
+    if mentions := [mention for delivery in deliveries for mention in read_mentions(delivery)]:
+        db.executemany(INSERT_MENTION, mentions)
     project(db, events)
-    outcomes: list[str | None] = []
-    for delivery in deliveries:
-        event_id = delivery.event.event_id
-        outcome = {"processed": DUPLICATE, "unrecognized": UNRECOGNIZED}.get(states[event_id])
-        outcomes.append(STORED if outcome == DUPLICATE and event_id in new else outcome)
-        new.pop(event_id, None)
+    outcomes = []
+    for event_id in [row[0] for row in rows]:
+        first = new.pop(event_id, None)
+        known = {"processed": STORED if first else DUPLICATE, "unrecognized": UNRECOGNIZED}
+        outcomes.append(known.get(states[event_id]))
     return outcomes
 
 
-READ_EVENTS = """
-    SELECT rowid AS position, state, event_id, name, created_at, object_type, object_id,
-        object_status, inquiry_id, account_id, reference_id, template_id
-    FROM events WHERE event_id IN (:keys) ORDER BY rowid
-"""
+def read_mentions(delivery: Delivery) -> list[tuple[str, str]]:
+    """Return the inquiries and accounts that the body names beyond the columns, with the event."""
+    ids = {match.decode() for match in MENTION.findall(delivery.body)} - set(delivery.event[3:10])
+    return [(mentioned, delivery.event.event_id) for mentioned in ids]
 
 
-def select(db: sqlite3.Connection, query: str, keys: Iterable[str]) -> list[sqlite3.Row]:
-    """Return the rows of a query whose `IN (:keys)` stands for `keys`.
+def select(db: Connection, query: str, keys: Iterable[str]) -> list[sqlite3.Row]:
+    """Return the rows of a query in which `IN (:keys)` stands for `keys`.
 
-    A list of parameters, because SQLite takes those into the views, and padded, so that few
-    different statements are prepared.
+    One parameter a key, for SQLite takes those into the views; padded, so that few different
+    statements are prepared.
     """
     keys = list(keys)
     if not keys:
         return []
     keys += keys[-1:] * ((1 << (len(keys) - 1).bit_length()) - len(keys))
-    marks = ", ".join("?" * len(keys))
-    return db.execute(query.replace(":keys", marks), keys * query.count(":keys")).fetchall()
+    query, times = query.replace(":keys", ", ".join("?" * len(keys))), query.count(":keys")
+    return db.execute(query, keys * times).fetchall()
 
 
 def fail(batch: list[Delivery], error: BaseException) -> None:
@@ -916,43 +862,19 @@ def reason(error: BaseException) -> str:
 
 
 def log_deliveries(batch: list[Delivery]) -> None:
-    """Write a line for each delivery, all of a level at once."""
-    lines: dict[int, list[str]] = {}
+    """Write a line for each delivery, all at once: no body, and no reference ID."""
+    lines, level = [], logging.INFO
     for delivery in filter(lambda delivery: delivery.event, batch):
-        fine = delivery.outcome in (STORED, DUPLICATE)
-        lines.setdefault(logging.INFO if fine else logging.WARNING, []).append(describe(delivery))
-    for level, some in lines.items():
-        log.log(level, "\n".join(some))
-
-
-def describe(delivery: Delivery) -> str:
-    """Return a delivery's log line: no body, and no reference ID."""
-    line = (
-        f"event={quote(delivery.event.event_id)} name={quote(delivery.event.name)}"
-        f" outcome={delivery.outcome or 'unavailable'} attempt={delivery.attempt or 0}"
-        f" ms={(time.perf_counter() - delivery.started) * 1000:.1f}"
-    )
-    return line if delivery.error is None else f"{line} reason={quote(delivery.error)}"
-
-
-COUNTS: dict[str, float] = {}  # for the metrics; the writer adds them to the table once a second
-COUNTING = threading.Lock()
-
-
-def count(name: str, number: float) -> None:
-    """Add to a count that the metrics tell."""
-    with COUNTING:
-        COUNTS[name] = COUNTS.get(name, 0) + number
-
-
-def write_counts(db: sqlite3.Connection) -> None:
-    """Add what was counted in this process to the table; what fails is not counted."""
-    with COUNTING:
-        counted = list(COUNTS.items())
-        COUNTS.clear()
-    if counted:
-        with transaction(db):
-            db.executemany(ADD_COUNT, counted)
+        lines.append(
+            f"event={quote(delivery.event.event_id)} name={quote(delivery.event.name)}"
+            f" outcome={delivery.outcome or 'unavailable'} attempt={delivery.attempt or 0}"
+            f" ms={(time.perf_counter() - delivery.started) * 1000:.1f}"
+        )
+        if delivery.error or delivery.outcome == UNRECOGNIZED:
+            lines[-1] += f" reason={quote(delivery.error or 'no event can be read')}"
+            level = logging.WARNING
+    if lines:
+        log.log(level, "\n".join(lines))
 
 
 # --------------------------------------------------------------------------------------
@@ -963,7 +885,7 @@ def write_counts(db: sqlite3.Connection) -> None:
 # only which rows an event touches. Any order of the same events, and any repetition, gives the
 # same tables, because each row is computed anew from all that it rests on.
 
-COLUMNS = {  # table -> its columns; the first is the key
+COLUMNS = {  # table -> the columns of its view; the first is the key
     "inquiries": "inquiry_id person reference_id account_id template_id status event_id"
     " event_name event_at standing rank",
     "accounts": "account_id reference_id",
@@ -972,7 +894,103 @@ COLUMNS = {  # table -> its columns; the first is the key
     "kyc_status": "reference_id status hold inquiry_id account_id template_id event_id"
     " event_name event_at",
 }
+READ_ACCOUNTS = "SELECT account_id, reference_id FROM accounts WHERE account_id IN (:keys)"
+HELD_OBJECTS = "SELECT object_id FROM hold_events WHERE event_id IN (:keys)"
+MOVE_INQUIRIES = """
+    UPDATE inquiries SET person = COALESCE((SELECT a.reference_id FROM accounts AS a
+        WHERE a.account_id = inquiries.account_id), account_id)
+    WHERE account_id IN (:keys) AND reference_id IS NULL RETURNING person
+"""
+FIND_PEOPLE = """  -- of an inquiry, an account and a reference ID
+    SELECT person FROM inquiries WHERE inquiry_id = :inquiry
+    UNION SELECT i.person FROM events AS e JOIN inquiries AS i ON i.inquiry_id = e.inquiry_id
+        AND i.account_id = e.account_id WHERE e.account_id = :account
+    UNION SELECT reference_id FROM accounts WHERE account_id = :account
+    UNION SELECT :reference
+"""
+NEXT_KEYS = {  # of all rows there may be, after one; holds first, for they forbid
+    "objects": """SELECT object_id FROM events
+            WHERE object_id > :last AND object_id IS NOT inquiry_id
+        UNION SELECT object_id FROM holds WHERE object_id > :last ORDER BY 1 LIMIT 500""",
+    "inquiries": """SELECT inquiry_id FROM events WHERE inquiry_id > :last
+        UNION SELECT inquiry_id FROM inquiries WHERE inquiry_id > :last ORDER BY 1 LIMIT 500""",
+    "accounts": """SELECT account_id FROM events WHERE account_id > :last
+        UNION SELECT account_id FROM accounts WHERE account_id > :last ORDER BY 1 LIMIT 500""",
+    "people": """SELECT person FROM inquiries WHERE person > :last
+        UNION SELECT reference_id FROM kyc_status WHERE reference_id > :last
+        ORDER BY 1 LIMIT 500""",
+}
+
+Keys = Iterable[str]
 Change = tuple[sqlite3.Row | None, sqlite3.Row | None]  # a row before and after; None: no row
+
+
+def project(db: Connection, events: Iterable[Event]) -> list[Change]:
+    """Bring the projections up to date with `events`, which are in the journal.
+
+    Return the rows of kyc_status that changed.
+    """
+    named = [one for one in events if one.object_type == "account" and one.reference_id]
+    return refresh(
+        db,
+        inquiries={event.inquiry_id for event in events if event.inquiry_id},
+        accounts={event.account_id for event in named},
+        objects={row[0] for row in select(db, HELD_OBJECTS, [event.event_id for event in events])},
+    )
+
+
+def refresh(
+    db: Connection, inquiries: Keys = (), accounts: Keys = (), objects: Keys = (), people: Keys = ()
+) -> list[Change]:
+    """Compute these rows of the projections anew, and all that rest on those that change."""
+    accounts, people = set(accounts), set(people)
+    changes = update(db, "inquiries", inquiries)
+    people |= {row["person"] for row in both_sides(changes)}
+    accounts |= find_accounts(db, changes)
+    changes = update(db, "accounts", accounts)
+    select(db, MOVE_INQUIRIES, [row["account_id"] for row in both_sides(changes)])
+    for old, new in changes:
+        account = (old or new)["account_id"]
+        people |= {row["reference_id"] if row else account for row in (old, new)}
+    for row in both_sides(update(db, "holds", objects)):
+        keys = dict(zip(("inquiry", "account", "reference"), tuple(row)[-3:], strict=True))
+        people |= {person for (person,) in db.execute(FIND_PEOPLE, keys) if person}
+    return update(db, "kyc_status", people)
+
+
+def find_accounts(db: Connection, changes: list[Change]) -> set[str]:
+    """Return the accounts whose reference ID may be another after these changes of inquiries.
+
+    Not those to which one with the reference ID they have was added, or in which it decided later.
+    """
+    accounts = {row["account_id"] for row in both_sides(changes) if row["account_id"]}
+    known = dict(map(tuple, select(db, READ_ACCOUNTS, accounts)))
+    found = set()
+    for old, new in changes:
+        links = [(row["account_id"], row["reference_id"]) for row in (old, new) if row]
+        times = [(row["event_at"], row["event_id"]) for row in (old, new) if row]
+        harmless = new and len(set(links)) == 1 and times == sorted(times)
+        for account, reference in links:
+            if account and reference and not (harmless and known.get(account) == reference):
+                found.add(account)
+    return found
+
+
+def both_sides(changes: list[Change]) -> Iterator[sqlite3.Row]:
+    """Yield the rows before and after each change, as far as there are any."""
+    return (row for change in changes for row in change if row)
+
+
+def update(db: Connection, table: str, keys: Iterable[str]) -> list[Change]:
+    """Make the rows of a projection with these keys what its view says; return what changed."""
+    (read, drop, write), keys = STATEMENTS[table], list(keys)
+    width = 2 if table == "holds" else 1  # columns of the primary key
+    before = {tuple(row)[:width]: row for row in select(db, read, keys)}
+    gone = select(db, drop, keys) if before else []
+    written = select(db, write, keys)
+    return [(row, None) for row in gone] + [
+        (before.get(tuple(row)[:width]), row) for row in written
+    ]
 
 
 def statements(table: str) -> tuple[str, str, str]:
@@ -981,16 +999,18 @@ def statements(table: str) -> tuple[str, str, str]:
     key, identity = columns[0], ", ".join(columns[: 2 if table == "holds" else 1])
     view, names = f"{table}_by_the_rules", ", ".join(columns)
     old, new = (", ".join(f"{side}.{name}" for name in columns) for side in (table, "excluded"))
-    sets = [f"{name} = excluded.{name}" for name in columns]
-    stamp = ", updated_at" if table == "kyc_status" else ""
-    now = ", strftime('%Y-%m-%dT%H:%M:%fZ', 'now')" if stamp else ""
-    sets += ["updated_at = excluded.updated_at"] if stamp else []
+    sets = ", ".join(f"{name} = excluded.{name}" for name in columns)
+    into, values = names, names
+    if table == "kyc_status":
+        into += ", updated_at"
+        values += ", strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
+        sets += ", updated_at = excluded.updated_at"
     return (
         f"SELECT * FROM {table} WHERE {key} IN (:keys)",
         f"DELETE FROM {table} WHERE {key} IN (:keys) AND ({identity}) NOT IN"
         f" (SELECT {identity} FROM {view} WHERE {key} IN (:keys)) RETURNING *",
-        f"INSERT INTO {table} ({names}{stamp}) SELECT {names}{now} FROM {view}"
-        f" WHERE {key} IN (:keys) ON CONFLICT ({identity}) DO UPDATE SET {', '.join(sets)}"
+        f"INSERT INTO {table} ({into}) SELECT {values} FROM {view} WHERE {key} IN (:keys)"
+        f" ON CONFLICT ({identity}) DO UPDATE SET {sets}"
         f" WHERE ({old}) IS NOT ({new}) RETURNING *",
     )
 
@@ -998,163 +1018,50 @@ def statements(table: str) -> tuple[str, str, str]:
 STATEMENTS = {table: statements(table) for table in COLUMNS}
 
 
-def update(db: sqlite3.Connection, table: str, keys: Iterable[str]) -> list[Change]:
-    """Make the rows of a projection with these keys what its view says; return what changed."""
-    read, drop, write = STATEMENTS[table]
-    keys = list(keys)
-    width = 2 if table == "holds" else 1
-    before = {tuple(row)[:width]: row for row in select(db, read, keys)}
-    gone = select(db, drop, keys) if before else []
-    return [(row, None) for row in gone] + [
-        (before.get(tuple(row)[:width]), row) for row in select(db, write, keys)
-    ]
-
-
-def project(db: sqlite3.Connection, events: Iterable[Event]) -> list[Change]:
-    """Bring the projections up to date with `events`, which are in the journal.
-
-    Return the rows of kyc_status that changed.
-    """
-    return refresh(
-        db,
-        inquiries={event.inquiry_id for event in events if event.inquiry_id},
-        accounts={
-            event.account_id
-            for event in events
-            if event.object_type == "account" and event.reference_id
-        },
-        objects={row[0] for row in select(db, HELD_OBJECTS, [event.event_id for event in events])},
-    )
-
-
-HELD_OBJECTS = "SELECT object_id FROM hold_events WHERE event_id IN (:keys)"
-
-
-def refresh(
-    db: sqlite3.Connection,
-    inquiries: Iterable[str] = (),
-    accounts: Iterable[str] = (),
-    objects: Iterable[str] = (),
-    people: Iterable[str] = (),
-) -> list[Change]:
-    """Compute these rows of the projections anew, and all that rest on those that change."""
-    accounts, people = set(accounts), set(people)
-    for row in changed_rows(update(db, "inquiries", inquiries)):
-        people.add(row["person"])
-        if row["account_id"] and row["reference_id"]:
-            accounts.add(row["account_id"])
-    changes = update(db, "accounts", accounts)
-    select(db, MOVE_INQUIRIES, [row["account_id"] for row in changed_rows(changes)])
-    for old, new in changes:
-        account = (old or new)["account_id"]
-        people |= {row["reference_id"] if row else account for row in (old, new)}
-    for row in changed_rows(update(db, "holds", objects)):
-        people |= {person for (person,) in db.execute(FIND_PEOPLE, tuple(row[-3:]))}
-    return update(db, "kyc_status", people - {None})
-
-
-def changed_rows(changes: list[Change]) -> Iterator[sqlite3.Row]:
-    """Yield both sides of each change, as far as there are any."""
-    return (row for change in changes for row in change if row)
-
-
-MOVE_INQUIRIES = """
-    UPDATE inquiries SET person = COALESCE((SELECT a.reference_id FROM accounts AS a
-        WHERE a.account_id = inquiries.account_id), account_id)
-    WHERE account_id IN (:keys) AND reference_id IS NULL RETURNING person
-"""
-FIND_PEOPLE = """  -- of an inquiry, an account and a reference ID
-    SELECT person FROM inquiries WHERE inquiry_id = ?1
-    UNION SELECT person FROM inquiries WHERE account_id = ?2 AND reference_id IS NULL
-    UNION SELECT person FROM inquiries WHERE account_id = ?2 AND reference_id IS NOT NULL
-    UNION SELECT reference_id FROM accounts WHERE account_id = ?2
-    UNION SELECT ?3
-"""
-CHUNK = 500  # rows that a rebuild takes at a time
-NEXT_KEYS = {  # of all rows there may be, after one
-    "inquiries": """SELECT inquiry_id FROM events WHERE inquiry_id > :last
-        UNION SELECT inquiry_id FROM inquiries WHERE inquiry_id > :last""",
-    "accounts": """SELECT account_id FROM events WHERE account_id > :last
-        UNION SELECT account_id FROM accounts WHERE account_id > :last""",
-    "objects": """SELECT object_id FROM events
-            WHERE object_id > :last AND object_id IS NOT inquiry_id
-        UNION SELECT object_id FROM holds WHERE object_id > :last""",
-    "people": """SELECT person FROM inquiries WHERE person > :last
-        UNION SELECT reference_id FROM kyc_status WHERE reference_id > :last""",
-}
-
-
-def rebuild(db: sqlite3.Connection) -> Iterator[list[Change]]:
+def rebuild(db: Connection) -> Iterator[list[Change]]:
     """Compute all projections anew, a chunk in each step and transaction, and write what differs.
 
     Yield the rows of kyc_status that changed, after each step.
     """
-    rules = read_rules(db)
+    (rules,) = db.execute("SELECT rules FROM rules_in_force").fetchone()
     for rows, query in NEXT_KEYS.items():
-        keys = [("",)]
-        while keys:
+        ids = [""]
+        while ids:
             with transaction(db):
-                page = f"{query} ORDER BY 1 LIMIT {CHUNK}"
-                keys = db.execute(page, {"last": keys[-1][0]}).fetchall()
-                ids = [row[0] for row in keys]
+                ids = [row[0] for row in db.execute(query, {"last": ids[-1]})]
                 also = {"objects": ids} if rows == "inquiries" else {}
                 changes = refresh(db, **{rows: ids}, **also)
             yield changes
     with transaction(db):
-        db.execute("DELETE FROM projected_under")
-        db.execute("INSERT INTO projected_under (rules) VALUES (?)", (rules,))
+        db.execute("UPDATE rules_in_force SET projected = 1 WHERE rules = ?", (rules,))
 
 
-def is_rebuild_due(db: sqlite3.Connection) -> bool:
-    """Tell whether the projections were made under other rules than those in force."""
-    under = db.execute("SELECT rules FROM projected_under").fetchone()
-    return under is None or under[0] != read_rules(db)
-
-
-def read_rules(db: sqlite3.Connection) -> str:
-    """Return the rules in force, as one text to compare."""
-    queries = (
-        "SELECT * FROM status_rules",
-        "SELECT * FROM hold_rules",
-        "SELECT * FROM kyc_templates",
-    )
-    return json.dumps([[tuple(row) for row in db.execute(query)] for query in queries])
+def rebuild_if_due(db: Connection) -> Iterator[list[Change]] | None:
+    """Return a rebuild, if the projections were made by other rules than those in force."""
+    due = db.execute("SELECT 1 FROM rules_in_force WHERE projected = 0").fetchone()
+    return rebuild(db) if due else None
 
 
 # --------------------------------------------------------------------------------------
 # Handlers
 # --------------------------------------------------------------------------------------
 
-Handler = Callable[[sqlite3.Connection, Event], None]
+Handler = Callable[[Connection, Event], None]
 HANDLERS: dict[str, list[Handler]] = {}
 STATUS_RULES: list[tuple[str, str, str]] = []  # of handlers.py: name, object status, status
 HOLD_RULES: list[tuple[str, str]] = []  # of handlers.py: name, object status
-RUNNING: list[str] = []  # the handler that runs now, for who waits for it
+STATUSES = (
+    *("created", "pending", "expired", "completed"),
+    *("failed", "needs_review", "approved", "declined"),
+)
+RUNNING: list[str] = []  # the handler that runs now, for those who wait for it
 SLOW_SECONDS = 1.0
 
-EVENT_NAMES = """
-account: added-relation archived consolidated consolidated-with created redacted removed-relation
-    restored status-updated tag-added tag-removed updated-fields updated-tags
-case: assigned created exported queue-updated redacted reopened resolved sla-expired
-    status-updated updated-fields updated-tags
-document: created errored extracted pending processed submitted
-graph-query: cancelled completed errored reran timed-out
-importer-pipeline-run: canceled completed errored paused resumed started
-inquiry: approved completed created declined expired failed marked-for-review redacted
-    reusable-persona-created reusable-persona-used started transitioned updated-tags
-inquiry-session: canceled expired started
-selfie: created errored processed submitted
-transaction: added-relation created labeled redacted removed-relation
-    sentinel-session-processed status-updated updated-fields
-transaction-type: deleted-field
-verification: canceled created escalated failed passed requires-retry skipped submitted
-    tentatively-failed tentatively-passed updated-tags
-workflow-run: created errored resumed
-"""  # of Persona's page "Events"; of reports there are too many kinds
-
-
-class HandlerError(Exception):
-    """A mistake in handlers.py that is seen when it is loaded."""
+SET_STATE = """
+    UPDATE events SET state = :state, error = CASE WHEN redacted_at IS NULL THEN :error
+        ELSE substr(:error, 1, instr(:error || ':', ':') - 1) END  -- the kind, not the message
+    WHERE event_id = :event_id
+"""
 
 
 def on(*names: str) -> Callable[[Handler], Handler]:
@@ -1166,13 +1073,13 @@ def on(*names: str) -> Callable[[Handler], Handler]:
     again. It must be quick and touch only the database, in tables of its own.
     """
     if not names or not all(isinstance(name, str) for name in names):
-        raise HandlerError('@on takes the names of events: @on("inquiry.approved")')
+        raise ConfigError('@on takes the names of events: @on("inquiry.approved")')
 
     def register(handler: Handler) -> Handler:
         try:
             inspect.signature(handler).bind(None, None)
         except TypeError:
-            raise HandlerError(f"{handler.__name__} must take two arguments: db, event") from None
+            raise ConfigError(f"{handler.__name__} must take two arguments: db, event") from None
         for name in names:
             HANDLERS.setdefault(name, []).append(handler)
         return handler
@@ -1181,63 +1088,45 @@ def on(*names: str) -> Callable[[Handler], Handler]:
 
 
 def status_rule(name: str, status: str, object_status: str | None = None) -> None:
-    """Let the events with this name set the status of their inquiry.
-
-    With an `object_status`, only those whose object has that status.
-    """
+    """Let the events with this name, about an object of this status, set their inquiry's status."""
+    require_name(name)
+    if status not in STATUSES:
+        raise ConfigError(f"status_rule of {name}: {status} is none of {', '.join(STATUSES)}")
     STATUS_RULES.append((name, object_status or "", status))
 
 
 def hold_rule(name: str, object_status: str | None = None) -> None:
-    """Hold a person while the newest event with this name about an object of theirs matches.
-
-    With an `object_status`, it matches when its object has that status; without one, always.
-    """
+    """Hold a person while the newest event with this name about their object has this status."""
+    require_name(name)
     HOLD_RULES.append((name, object_status or ""))
 
 
+def require_name(name: str) -> None:
+    """Raise ConfigError unless `name` looks like that of an event."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9/-]+\.[a-z0-9-]+", name):
+        raise ConfigError(f"handlers.py: {name!r} is not the name of an event")
+
+
 def load_handlers() -> None:
-    """Load handlers.py, the team's own file, if it is there; raise HandlerError."""
-    path = HERE / "handlers.py"
-    if not path.exists():
+    """Load handlers.py, the team's own file, if it is there; raise ConfigError."""
+    if not (HERE / "handlers.py").exists():
         return
     try:
         importlib.import_module("handlers")
     except SyntaxError as error:
-        raise HandlerError(f"handlers.py:{error.lineno}: {error.msg}") from None
+        raise ConfigError(f"handlers.py:{error.lineno}: {error.msg}") from None
     except Exception as error:
-        stored, _ = explain_error(error)
-        raise HandlerError(stored) from None
-    for name in {*HANDLERS, *(rule[0] for rule in STATUS_RULES + HOLD_RULES)}:
-        if warning := doubt_name(name):
-            log.warning("WARNING: handlers.py: %s", warning)
+        raise ConfigError(f"handlers.py: {explain_error(error)[0]}") from None
 
 
-def doubt_name(name: str) -> str | None:
-    """Return a warning when Persona is not known to send events of this name."""
-    known = []
-    for family in re.split(r"\n(?=\S)", EVENT_NAMES.strip()):
-        kind, *happenings = family.split()
-        known += [f"{kind[:-1]}.{happening}" for happening in happenings]
-    if name in known or re.fullmatch(
-        r"report/[a-z-]+\.(ready|matched|dismissed|errored|submitted)", name
-    ):
-        return None
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"Persona is not known to send {name}{hint}"
-
-
-def dispatch(db: sqlite3.Connection, deliveries: list[Delivery]) -> None:
+def dispatch(db: Connection, deliveries: list[Delivery]) -> None:
     """Run the handlers of stored events in one transaction; set each outcome.
 
     Each event's handlers do all or nothing. If one of them breaks the transaction, the events
     are dispatched one by one, and its own is marked as failed.
     """
-    if not deliveries:
-        return
     try:
-        with transaction(db):
+        with transaction(db) if deliveries else contextlib.nullcontext():
             results = [run_handlers(db, delivery.event) for delivery in deliveries]
     except Exception as error:
         if is_obstacle(error):
@@ -1252,86 +1141,43 @@ def dispatch(db: sqlite3.Connection, deliveries: list[Delivery]) -> None:
         delivery.outcome, delivery.error = outcome, error
 
 
-def run_handlers(db: sqlite3.Connection, event: Event) -> tuple[str, str | None]:
+def run_handlers(db: Connection, event: Event) -> tuple[str, str | None]:
     """Run an event's handlers, unless they have; return the outcome, and the error for the log."""
     query = "SELECT state FROM events WHERE event_id = ?"
     if db.execute(query, (event.event_id,)).fetchone()[0] == "processed":
         return DUPLICATE, None
-    db.execute("SAVEPOINT handlers")
     fault: BaseException | None = None
+    db.execute("SAVEPOINT handlers")
     try:
         db.set_authorizer(protect_transaction)
         for handler in HANDLERS.get(event.name, ()):
             call_handler(handler, db, event)
-    except KeyboardInterrupt:  # of whoever runs `flask replay`
-        raise
     except BaseException as error:  # even sys.exit() in a handler fails its event alone
+        if threading.current_thread() is threading.main_thread() and isinstance(
+            error, KeyboardInterrupt
+        ):
+            raise  # of who runs `flask replay`
         fault = error
     finally:
         RUNNING.clear()
         db.set_authorizer(None)
         db.row_factory, db.text_factory = sqlite3.Row, str
     if not db.in_transaction:  # INSERT OR ROLLBACK, RAISE(ROLLBACK), a full disk
-        raise TransactionLostError("a handler ended the transaction") from fault
+        raise RuntimeError("a handler ended the transaction") from fault
     if fault:
         db.execute("ROLLBACK TO handlers")
-    conclude(db, "RELEASE handlers")
+    db.execute("RELEASE handlers")
     return set_state(db, event, fault)
 
 
-def call_handler(handler: Handler, db: sqlite3.Connection, event: Event) -> None:
+def call_handler(handler: Handler, db: Connection, event: Event) -> None:
     """Call a handler; warn when it is slow."""
-    code = inspect.unwrap(handler).__code__ if inspect.isroutine(handler) else None
-    place = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "handler"
-    RUNNING[:] = [f"{place} {getattr(handler, '__name__', '')}"]
+    RUNNING[:] = [getattr(handler, "__qualname__", repr(handler))]
     began = time.perf_counter()
     handler(db, event)
     seconds = time.perf_counter() - began
     if seconds > SLOW_SECONDS:
         log.warning("slow handler=%s seconds=%.1f", quote(RUNNING[0]), seconds)
-
-
-def set_state(
-    db: sqlite3.Connection, event: Event, fault: BaseException | None
-) -> tuple[str, str | None]:
-    """Note that an event was processed, or why not; return the outcome, and what to log."""
-    if fault is None:
-        db.execute(SET_STATE, ("processed", None, event.event_id))
-        return STORED, None
-    stored, logged = explain_error(fault)
-    db.execute(SET_STATE, ("failed", stored, event.event_id))
-    return FAILED, logged
-
-
-SET_STATE = """
-    UPDATE events SET state = ?1, error = CASE WHEN redacted_at IS NULL THEN ?2
-        ELSE substr(?2, 1, instr(?2 || ':', ':') - 1) END  -- the kind, not the message
-    WHERE event_id = ?3
-"""
-
-
-def explain_error(error: BaseException) -> tuple[str, str]:
-    """Return an error of a handler as the table keeps it, and as the log may tell it.
-
-    The first begins with the kind, for a redaction cuts it there; the second has no message,
-    which may quote personal data.
-    """
-    cause = error.__cause__ or error
-    frames = [
-        frame
-        for frame in traceback.extract_tb(cause.__traceback__)
-        if frame.filename == str(HERE / "handlers.py")
-    ]
-    place = f" (handlers.py:{frames[-1].lineno} {frames[-1].name})" if frames else ""
-    kind = type(cause).__name__
-    try:
-        message = str(cause)[:1000]
-    except Exception:  # of its own __str__
-        message = ""
-    if message == "not authorized":
-        message = "a handler must not begin, commit or end a transaction"
-    stored = f"{kind}: {message}".removesuffix(": ") + place
-    return stored.encode(errors="backslashreplace").decode(), kind + place
 
 
 def protect_transaction(action: int, _: str | None, name: str | None, *__: object) -> int:
@@ -1341,6 +1187,35 @@ def protect_transaction(action: int, _: str | None, name: str | None, *__: objec
     return sqlite3.SQLITE_DENY if ends else sqlite3.SQLITE_OK
 
 
+def set_state(db: Connection, event: Event, fault: BaseException | None) -> tuple[str, str | None]:
+    """Note that an event was processed, or why not; return the outcome, and what to log."""
+    kept, logged = explain_error(fault) if fault else (None, None)
+    state = "failed" if fault else "processed"
+    db.execute(SET_STATE, {"state": state, "error": kept, "event_id": event.event_id})
+    return (FAILED if fault else STORED), logged
+
+
+def explain_error(error: BaseException) -> tuple[str, str]:
+    """Return an error of a handler as the table keeps it, and as the log may tell it.
+
+    The first begins with the kind, for a redaction cuts it there; the second has no message,
+    which may quote personal data.
+    """
+    error = error.__cause__ or error  # of a handler that ended its transaction
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == str(HERE / "handlers.py")]
+    place = f" (handlers.py:{own[-1].lineno} {own[-1].name})" if own else ""
+    kind = type(error).__name__
+    try:
+        message = str(error)[:1000]
+    except Exception:  # of its own __str__
+        message = ""
+    if message == "not authorized":
+        message = "a handler must not begin, commit or end a transaction"
+    kept = f"{kind}: {message}".removesuffix(": ")[: 1000 - len(place)] + place
+    return kept.encode(errors="backslashreplace").decode(), kind + place
+
+
 # --------------------------------------------------------------------------------------
 # Database
 # --------------------------------------------------------------------------------------
@@ -1348,6 +1223,7 @@ def protect_transaction(action: int, _: str | None, name: str | None, *__: objec
 SCHEMA = HERE / "schema.sql"
 SCHEMA_VERSION = 2
 PROBE = "PRAGMA application_id = 0"  # a commit that changes nothing
+START_SECONDS = 5.0
 BUSY_SECONDS = 3.0  # how long SQLite waits for a lock that another process holds
 
 
@@ -1363,37 +1239,23 @@ class FileGoneError(DatabaseError):
     """A file that is open was taken away, and may come back."""
 
 
-class TransactionLostError(Exception):
-    """A handler undid the whole transaction or keeps it open, its neighbours' events included."""
-
-
-OBSTACLES = {  # what SQLite says when the disk or another process is in the way
-    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR),
-    *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB),
-    *(sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL),
-}
-
-
 def is_obstacle(error: BaseException) -> bool:
     """Tell whether the disk, the file or another process is to blame, and no event."""
-    if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in OBSTACLES
-    return isinstance(error, OSError | DatabaseError)
+    return isinstance(error, OSError | DatabaseError) or type(error) in (
+        sqlite3.OperationalError,
+        sqlite3.DatabaseError,
+    )
 
 
-def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
+def connect(path: Path, *, readonly: bool = False) -> Connection:
     """Open the existing database at `path`; rows are read by name.
 
     Raises DatabaseError when there is none, or it is of another version.
     """
+    address = f"{path.as_uri()}?mode={'ro' if readonly else 'rw'}"
+    options = {"uri": True, "isolation_level": None, "check_same_thread": False}
     try:
-        db = sqlite3.connect(
-            f"{path.as_uri()}?mode={'ro' if readonly else 'rw'}",
-            uri=True,
-            timeout=BUSY_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-        )
+        db = sqlite3.connect(address, timeout=BUSY_SECONDS, **options)
         db.row_factory = sqlite3.Row
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if not readonly:
@@ -1401,20 +1263,21 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA secure_delete = ON")
             db.execute("PRAGMA wal_autocheckpoint = 0")  # it would swallow errors
+            db.execute("PRAGMA journal_size_limit = 67108864")  # of a WAL that starts anew
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
             raise UnusableError(str(error)) from None
         raise DatabaseError(str(error) if path.exists() else "there is no such file") from None
-    if version > SCHEMA_VERSION:
-        raise UnusableError("the file was made by a newer release of this service")
-    if 0 < version < SCHEMA_VERSION:
-        raise UnusableError("the file was made before release 1.0, whose tables are others")
+    if version not in (0, SCHEMA_VERSION):
+        age = "a newer release" if version > SCHEMA_VERSION else "a release before 1.0"
+        raise UnusableError(f"the file was made by {age} of this service")
     return db
 
 
 def prepare_database(config: Config) -> None:
     """Create the database if there is none, mode 0600, and bring it up to date.
 
+    New rules are applied to the past for START_SECONDS at most; the journal goes on with it.
     Raises UnusableError when no waiting helps, DatabaseError when something is in the way.
     """
     path = config.database
@@ -1422,95 +1285,59 @@ def prepare_database(config: Config) -> None:
         raise FileGoneError("the database is gone, but its WAL is there: bring it back")
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with turn(path, seconds=10), contextlib.closing(connect(path)) as db:
-            prepare(db, config)
-            with transaction(db):
-                db.execute(PROBE)
+        with contextlib.closing(connect(path)) as db:
+            with turn(path, seconds=10), transaction(prepare(db, config)):
+                db.execute(PROBE)  # fails here, not at the first event, when read-only
+            steps, deadline = rebuild_if_due(db) or iter(()), time.monotonic() + START_SECONDS
+            while time.monotonic() < deadline:
+                with turn(path, seconds=10):
+                    if next(steps, None) is None:
+                        break
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)  # the new files' names must last, too
         os.close(directory)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UnusableError(error.strerror) from None
-    except OSError as error:
-        raise DatabaseError(error.strerror) from None
-    except sqlite3.Error as error:
-        raise DatabaseError(str(error)) from None
+    except (OSError, sqlite3.Error) as error:
+        raise DatabaseError(reason(error)) from None
 
 
-def prepare(db: sqlite3.Connection, config: Config) -> None:
-    """Bring an open database up to date: its schema, and the rules that are configured."""
+def prepare(db: Connection, config: Config) -> Connection:
+    """Bring an open database up to date, its schema and the configured rules; return it."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0 and db.execute("SELECT EXISTS (SELECT 1 FROM sqlite_schema)").fetchone()[0]:
+    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_schema")}
+    if (version or tables) and "events" not in tables:
         raise UnusableError("the file belongs to another application")
     if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
         raise UnusableError("its disk does not support WAL")
     if version == 0:
-        with transaction(db):
-            for statement in read_statements(SCHEMA.read_text()):
-                db.execute(statement)
-    try:
-        db.execute("SELECT 1 FROM events").fetchone()
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
-            raise UnusableError("the file belongs to another application") from None
-        raise
+        db.executescript("BEGIN IMMEDIATE;" + SCHEMA.read_text() + "COMMIT;")
     write_rules(db, config.templates)
+    return db
 
 
-def read_statements(script: str) -> Iterator[str]:
-    """Yield the statements of an SQL script, for executescript would end a transaction."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
+def write_rules(db: Connection, templates: tuple[str, ...]) -> None:
+    """Bring the rules of handlers.py and KYC_TEMPLATES into their tables, if they are others.
 
-
-def write_rules(db: sqlite3.Connection, templates: tuple[str, ...]) -> None:
-    """Bring the rules of handlers.py and KYC_TEMPLATES into their tables, if they differ.
-
-    Raises UnusableError for a status that does not exist.
+    The projections are then to be made anew: see `rebuild`.
     """
-    statuses = {row[0] for row in db.execute("SELECT status FROM statuses")}
-    for name, _, status in STATUS_RULES:
-        if status not in statuses:
-            known = ", ".join(sorted(statuses))
-            raise UnusableError(f"status_rule of {name}: {status} is none of {known}")
-    wanted = {
-        "SELECT name, object_status, status FROM status_rules WHERE own = 1": set(STATUS_RULES),
-        "SELECT name, object_status FROM hold_rules WHERE own = 1": set(HOLD_RULES),
-        "SELECT template_id FROM kyc_templates": {(template,) for template in templates},
-    }
-    if all({tuple(row) for row in db.execute(query)} == rows for query, rows in wanted.items()):
+    rules = json.dumps([sorted(STATUS_RULES), sorted(HOLD_RULES), templates])
+    if db.execute("SELECT 1 FROM rules_in_force WHERE rules = ?", (rules,)).fetchone():
         return
     with transaction(db):
         db.execute("DELETE FROM status_rules WHERE own = 1")
         db.execute("DELETE FROM hold_rules WHERE own = 1")
         db.execute("DELETE FROM kyc_templates")
-        db.executemany(ADD_STATUS_RULE, STATUS_RULES)
-        db.executemany(ADD_HOLD_RULE, [(name, status, name) for name, status in HOLD_RULES])
-        db.executemany(ADD_TEMPLATE, [(template,) for template in templates])
-
-
-ADD_STATUS_RULE = """
-    INSERT INTO status_rules (name, object_status, status, own) VALUES (?, ?, ?, 1)
-    ON CONFLICT DO NOTHING
-"""
-ADD_HOLD_RULE = """
-    INSERT INTO hold_rules (name, object_status, cleared_by, lasting, own) VALUES (?, ?, ?, 1, 1)
-    ON CONFLICT DO NOTHING
-"""
-ADD_TEMPLATE = "INSERT INTO kyc_templates (template_id) VALUES (?)"
-
-
-def copy_wal(db: sqlite3.Connection) -> None:
-    """Copy the WAL into the database as far as readers allow, and sync both."""
-    deadline = time.monotonic() + BUSY_SECONDS
-    while db.execute("PRAGMA wal_checkpoint").fetchone()[0]:
-        if time.monotonic() > deadline:
-            raise DatabaseError("another process copies the WAL")
-        time.sleep(0.01)
+        db.execute("DELETE FROM rules_in_force")
+        db.executemany(
+            "INSERT INTO status_rules VALUES (?, ?, ?, 1) ON CONFLICT DO NOTHING", STATUS_RULES
+        )
+        holds = [(name, status, name) for name, status in HOLD_RULES]
+        db.executemany(
+            "INSERT INTO hold_rules VALUES (?, ?, ?, 1, 1) ON CONFLICT DO NOTHING", holds
+        )
+        db.executemany("INSERT INTO kyc_templates VALUES (?)", [(name,) for name in templates])
+        db.execute("INSERT INTO rules_in_force VALUES (?, 0)", (rules,))
 
 
 def wal_paths(path: Path) -> list[Path]:
@@ -1518,47 +1345,50 @@ def wal_paths(path: Path) -> list[Path]:
     return [path.with_name(path.name + suffix) for suffix in ("-wal", "-shm")]
 
 
-def identify(path: Path) -> tuple[int, int] | None:
-    """Return which file is at `path`, as device and inode; None when there is none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
+def identify(path: Path) -> list[tuple[int, int] | None]:
+    """Return which files a database, its WAL and its WAL index are; None where there is none."""
+    files: list[tuple[int, int] | None] = []
+    for name in (path, *wal_paths(path)):
+        try:
+            found = os.stat(name)
+            files.append((found.st_dev, found.st_ino))
+        except FileNotFoundError:
+            files.append(None)
+    return files
+
+
+def copy_wal(db: Connection, mode: str) -> bool:
+    """Copy all of the WAL into the database and sync both; tell if no reader was in the way.
+
+    TRUNCATE cuts the WAL to nothing; RESTART lets the next commit start it from the beginning.
+    """
+    db.execute("PRAGMA busy_timeout = 100")
+    blocked = db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[0]
+    db.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+    return not blocked
 
 
 @contextlib.contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
+def transaction(db: Connection) -> Iterator[None]:
     """Run the block as one write transaction: committed and fsynced, or rolled back."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
-        conclude(db, "COMMIT")
+        db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:  # SQLite has rolled back by itself when the disk is full
             db.execute("ROLLBACK")
         raise
 
 
-def conclude(db: sqlite3.Connection, statement: str) -> None:
-    """End a transaction or savepoint; only a statement that a handler left open can be in the way."""
-    try:
-        db.execute(statement)
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-            raise TransactionLostError("a handler left a statement open") from None
-        raise
-
-
 @contextlib.contextmanager
 def turn(path: Path, seconds: float | None = None) -> Iterator[None]:
-    """Wait for this process's turn to write to the database at `path`, then hold it.
+    """Wait for this process's turn to write to the database at `path`, and hold it.
 
     Two locks, taken one after the other: who waits for the second holds the first, so that
     nobody overtakes. Raises DatabaseError after `seconds`.
     """
-    names = (path.with_name(path.name + ".gate"), path.with_name(path.name + ".lock"))
-    gate, lock = (os.open(name, os.O_RDWR | os.O_CREAT, 0o600) for name in names)
+    gate, lock = (open_lock(path, suffix) for suffix in (".gate", ".lock"))
     try:
         wait_for_lock(gate, seconds)
         wait_for_lock(lock, seconds)
@@ -1570,18 +1400,29 @@ def turn(path: Path, seconds: float | None = None) -> Iterator[None]:
         os.close(lock)
 
 
+def open_lock(path: Path, suffix: str) -> int:
+    """Open a lock file beside the database; one that root creates is the database owner's."""
+    name = path.with_name(path.name + suffix)
+    try:
+        return os.open(name, os.O_RDWR)
+    except FileNotFoundError:
+        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
+    if os.geteuid() == 0 and path.exists():
+        os.fchown(file, path.stat().st_uid, path.stat().st_gid)
+    return file
+
+
 def wait_for_lock(file: int, seconds: float | None) -> None:
-    """Lock an open file; without a limit in the kernel's queue, else in vain after `seconds`."""
-    if seconds is None:
-        return fcntl.flock(file, fcntl.LOCK_EX)
-    deadline = time.monotonic() + seconds
-    while True:
+    """Lock an open file: in the kernel's queue, or trying for so many `seconds`."""
+    deadline = time.monotonic() + (seconds or 0)
+    while seconds is not None:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise DatabaseError("another process holds the lock file") from None
-            time.sleep(0.005)
+        time.sleep(0.005)
+    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 # --------------------------------------------------------------------------------------
@@ -1605,21 +1446,22 @@ def create_app(environ: Mapping[str, str]) -> Flask:
     app.register_error_handler(HTTPException, answer_http_error)
     app.register_error_handler(Exception, answer_bug)
     if environ.get("FLASK_RUN_FROM_CLI") != "true":
-        prepare_service(app, config, environ)
-    for folder in ("commands", "dashboard"):
-        if (HERE / folder / "__init__.py").exists():
+        prepare_service(app, environ)
+    for folder, wanted in (("commands", True), ("dashboard", "KYC_API_TOKEN" in environ)):
+        if wanted and (HERE / folder / "__init__.py").exists():
             importlib.import_module(folder).register(app, environ)
     return app
 
 
-def prepare_service(app: Flask, config: Config, environ: Mapping[str, str]) -> None:
-    """Make ready to serve: log, warn, prepare the database, and finish it at the end."""
+def prepare_service(app: Flask, environ: Mapping[str, str]) -> None:
+    """Make ready to receive: log, warn, prepare the database, and finish it at the end."""
+    config = app.config["KYC"]
     if not config.secrets:
         raise ConfigError("PERSONA_WEBHOOK_SECRET is not set: nothing could be verified")
     if "DYNO" in environ and environ.get("KYC_EPHEMERAL_DISK") != "accept":
         raise ConfigError(
             "KYC_DATABASE would be on a Heroku dyno's disk, which is emptied at each restart;"
-            " KYC_EPHEMERAL_DISK=accept serves all the same"
+            " to serve all the same set KYC_EPHEMERAL_DISK=accept"
         )
     start_logging()
     warn(config)
@@ -1643,13 +1485,12 @@ def start_logging() -> None:
 
 
 def warn(config: Config) -> None:
-    """Say which release starts on which database, and what is dangerous about its configuration."""
+    """Say which release starts on which database, and what is dangerous in its configuration."""
     log.info("kyc %s database=%s secrets=%d", VERSION, config.database, len(config.secrets))
     if DEVELOPMENT_SECRET.encode() in config.secrets:
         log.warning("WARNING: the development secret is accepted: anyone can forge events")
-    elif config.scheme == "persona" and any(
-        not secret.startswith(b"wbhsec_") for secret in config.secrets
-    ):
+    foreign = [secret for secret in config.secrets if not secret.startswith(b"wbhsec_")]
+    if foreign and config.scheme == "persona":
         log.warning("WARNING: a secret does not begin with wbhsec_, as Persona's do")
     if config.tolerance == 0 or config.scheme == "body":
         log.warning("WARNING: no replay protection: timestamps are not checked")
@@ -1661,10 +1502,8 @@ def take_core() -> None:
     Its threads share one interpreter lock. On one core they hand it on at once; across
     cores each hand-over wakes another core, which costs more than that core could do.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return
     parent = os.getppid()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # there is no such call on macOS
         siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         taken = [os.sched_getaffinity(int(pid)) for pid in siblings if int(pid) != os.getpid()]
         core = min(os.sched_getaffinity(0), key=lambda core: taken.count({core}))
@@ -1677,7 +1516,7 @@ def start() -> Flask:
     try:
         load_handlers()
         return create_app(os.environ)
-    except (ConfigError, HandlerError) as error:
+    except ConfigError as error:
         message = str(error)
     except DatabaseError as error:
         message = f"KYC_DATABASE {os.environ.get('KYC_DATABASE', 'kyc.db')}: {error}"
@@ -1692,14 +1531,12 @@ def serve_locally() -> None:
     try:
         port = read_number(os.environ, "PORT", 3000, 1, 65535)
         workers = read_number(os.environ, "WEB_CONCURRENCY", 1, 1, 1000)
+        with contextlib.closing(socket.create_server(("127.0.0.1", port))):
+            pass
     except ConfigError as error:
         sys.exit(f"app.py: {error}")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            sys.exit(f"app.py: PORT {port}: {error.strerror}; choose another with PORT=")
+    except OSError as error:
+        sys.exit(f"app.py: port {port}: {os.strerror(error.errno)}; choose another by PORT=")
     if not {"PERSONA_WEBHOOK_SECRET", "PERSONA_WEBHOOK_SECRET_FILE"} & os.environ.keys():
         os.environ["PERSONA_WEBHOOK_SECRET"] = DEVELOPMENT_SECRET
     gunicorn = [sys.executable, "-m", "gunicorn", "app:app", "--worker-class", "gthread"]

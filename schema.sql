@@ -45,6 +45,9 @@ CREATE INDEX IF NOT EXISTS events_by_object
 CREATE INDEX IF NOT EXISTS events_naming_account
     ON events (account_id, created_at, event_id)
     WHERE object_type = 'account' AND reference_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS events_naming_owner
+    ON events (reference_id, account_id)
+    WHERE object_type = 'account' AND reference_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS events_unprocessed
     ON events (state) WHERE state <> 'processed';
 CREATE INDEX IF NOT EXISTS events_not_delivered
@@ -184,8 +187,8 @@ END;
 
 -- To insert here is to call a procedure: remove the bodies of a subject's events. An account
 -- includes the inquiries that events link to it; a reference ID its inquiries, and its and their
--- accounts with all of theirs; each of them the events that mention it. A case or a transaction
--- may concern several people, so it does not tell which inquiry belongs to which account.
+-- accounts with all of theirs; each of them what mentions it, whenever that was created. A case or
+-- a transaction may concern several people, so it does not tell whose inquiry or account it names.
 CREATE VIEW IF NOT EXISTS remove_bodies AS
     SELECT '' AS subject_id, '' AS redacted_before, '' AS at WHERE false;
 
@@ -193,7 +196,7 @@ CREATE TRIGGER IF NOT EXISTS remove_bodies_do INSTEAD OF INSERT ON remove_bodies
 BEGIN
     UPDATE events SET body = NULL, redacted_at = NEW.at,
         error = substr(error, 1, instr(error || ':', ':') - 1)  -- the kind, not the message
-    WHERE body IS NOT NULL AND created_at <= NEW.redacted_before AND rowid IN (
+    WHERE body IS NOT NULL AND rowid IN (
         WITH own(id) AS (
                 SELECT NEW.subject_id
                 UNION SELECT account_id FROM events
@@ -208,21 +211,17 @@ BEGIN
                     WHERE account_id IN (SELECT id FROM own) AND inquiry_id IS NOT NULL
                     AND COALESCE(object_type, '') NOT IN ('case', 'transaction')
                 UNION SELECT inquiry_id FROM events
-                    WHERE reference_id = NEW.subject_id AND inquiry_id IS NOT NULL)
-        SELECT rowid FROM events WHERE inquiry_id IN (SELECT id FROM ids)
-        UNION SELECT rowid FROM events WHERE account_id IN (SELECT id FROM ids)
-        UNION SELECT rowid FROM events WHERE reference_id = NEW.subject_id
-        UNION SELECT rowid FROM events WHERE object_id = NEW.subject_id
-            AND object_id IS NOT inquiry_id
-        UNION SELECT rowid FROM events WHERE event_id = NEW.subject_id
+                    WHERE reference_id = NEW.subject_id AND inquiry_id IS NOT NULL),
+            own_events(position, created_at) AS (
+                SELECT rowid, created_at FROM events WHERE inquiry_id IN (SELECT id FROM ids)
+                UNION SELECT rowid, created_at FROM events WHERE account_id IN (SELECT id FROM ids)
+                UNION SELECT rowid, created_at FROM events WHERE reference_id = NEW.subject_id
+                UNION SELECT rowid, created_at FROM events WHERE object_id = NEW.subject_id
+                    AND object_id IS NOT inquiry_id
+                UNION SELECT rowid, created_at FROM events WHERE event_id = NEW.subject_id)
+        SELECT position FROM own_events WHERE created_at <= NEW.redacted_before
         UNION SELECT position FROM mentions WHERE id IN (SELECT id FROM ids));
 END;
-
--- What the metrics count, over all processes: rejected deliveries by reason, commits ...
-CREATE TABLE IF NOT EXISTS counts (
-    name  TEXT NOT NULL PRIMARY KEY,
-    total REAL NOT NULL
-) STRICT, WITHOUT ROWID;
 
 
 -- 2. The rules -----------------------------------------------------------------------------
@@ -279,9 +278,11 @@ CREATE TABLE IF NOT EXISTS kyc_templates (
     template_id TEXT NOT NULL PRIMARY KEY
 ) STRICT, WITHOUT ROWID;
 
--- Under which rules the projections were last completed; the service compares it at its start.
-CREATE TABLE IF NOT EXISTS projected_under (
-    rules TEXT NOT NULL
+-- The rules of handlers.py and KYC_TEMPLATES, as one text, and whether the projections are made
+-- by them yet: the service compares the text at its start.
+CREATE TABLE IF NOT EXISTS rules_in_force (
+    rules     TEXT NOT NULL,
+    projected INTEGER NOT NULL
 ) STRICT;
 
 
@@ -304,8 +305,6 @@ CREATE TABLE IF NOT EXISTS inquiries (
 
 CREATE INDEX IF NOT EXISTS inquiries_by_person
     ON inquiries (person, standing, event_at, rank, event_id);
-CREATE INDEX IF NOT EXISTS inquiries_with_reference
-    ON inquiries (account_id, event_at, event_id) WHERE reference_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS inquiries_without_reference
     ON inquiries (account_id) WHERE reference_id IS NULL;
 
@@ -314,8 +313,6 @@ CREATE TABLE IF NOT EXISTS accounts (
     account_id   TEXT NOT NULL PRIMARY KEY,
     reference_id TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
-
-CREATE INDEX IF NOT EXISTS accounts_by_reference ON accounts (reference_id);
 
 -- The newest event about each object that raised or cleared a hold.
 CREATE TABLE IF NOT EXISTS holds (
@@ -350,6 +347,13 @@ CREATE TABLE IF NOT EXISTS kyc_status (
     updated_at   TEXT NOT NULL   -- when this row last changed
 ) STRICT;
 
+-- For who asks what has changed since, who is held, and who is not approved.
+CREATE INDEX IF NOT EXISTS kyc_status_by_update ON kyc_status (updated_at, reference_id);
+CREATE INDEX IF NOT EXISTS kyc_status_held
+    ON kyc_status (updated_at, reference_id) WHERE hold IS NOT NULL;
+CREATE INDEX IF NOT EXISTS kyc_status_not_approved
+    ON kyc_status (status, updated_at, reference_id) WHERE status <> 'approved';
+
 -- An inquiry's status is that of its deciding event. Its reference ID, account and template are
 -- each those of the newest event about the inquiry itself that carries one. Its person is its own
 -- reference ID; else that of its account; else the account; else the inquiry.
@@ -362,15 +366,15 @@ CREATE VIEW IF NOT EXISTS inquiries_by_the_rules AS
         d.name AS event_name, d.created_at AS event_at, s.standing, s.rank
     FROM (SELECT k.inquiry_id,
             (SELECT e.reference_id FROM events AS e
-             WHERE e.inquiry_id = k.inquiry_id AND e.object_id = e.inquiry_id
+             WHERE e.inquiry_id = k.inquiry_id AND e.object_type = 'inquiry'
                 AND e.reference_id IS NOT NULL
              ORDER BY e.created_at DESC, e.event_id DESC LIMIT 1) AS reference_id,
             (SELECT e.account_id FROM events AS e
-             WHERE e.inquiry_id = k.inquiry_id AND e.object_id = e.inquiry_id
+             WHERE e.inquiry_id = k.inquiry_id AND e.object_type = 'inquiry'
                 AND e.account_id IS NOT NULL
              ORDER BY e.created_at DESC, e.event_id DESC LIMIT 1) AS account_id,
             (SELECT e.template_id FROM events AS e
-             WHERE e.inquiry_id = k.inquiry_id AND e.object_id = e.inquiry_id
+             WHERE e.inquiry_id = k.inquiry_id AND e.object_type = 'inquiry'
                 AND e.template_id IS NOT NULL
              ORDER BY e.created_at DESC, e.event_id DESC LIMIT 1) AS template_id,
             (SELECT e.rowid FROM events AS e
@@ -396,8 +400,10 @@ CREATE VIEW IF NOT EXISTS accounts_by_the_rules AS
              WHERE e.account_id = k.account_id AND e.object_type = 'account'
                 AND e.reference_id IS NOT NULL
              ORDER BY e.created_at DESC, e.event_id DESC LIMIT 1),
-            (SELECT i.reference_id FROM inquiries AS i
-             WHERE i.account_id = k.account_id AND i.reference_id IS NOT NULL
+            (SELECT i.reference_id FROM events AS e
+                JOIN inquiries AS i ON i.inquiry_id = e.inquiry_id
+                    AND i.account_id = e.account_id AND i.reference_id IS NOT NULL
+             WHERE e.account_id = k.account_id AND e.object_type = 'inquiry'
              ORDER BY i.event_at DESC, i.event_id DESC LIMIT 1)) AS reference_id
         FROM (SELECT DISTINCT account_id FROM events WHERE account_id IS NOT NULL) AS k) AS a
     WHERE a.reference_id IS NOT NULL;
@@ -412,7 +418,8 @@ CREATE VIEW IF NOT EXISTS object_events AS
         inquiry_id, account_id, reference_id
     FROM events WHERE object_id = inquiry_id;
 
--- Every event that raises or clears a hold, and by which rule.
+-- Every event that raises or clears a hold, and by which rule. One whose object status was
+-- filtered out does not clear a hold that asks for it.
 CREATE VIEW IF NOT EXISTS hold_events AS
     SELECT e.object_id,
         r.name || CASE r.object_status WHEN '' THEN '' ELSE ' ' END || r.object_status AS rule,
@@ -423,13 +430,22 @@ CREATE VIEW IF NOT EXISTS hold_events AS
             THEN e.object_id ELSE e.object_status END AS hold,
         e.event_id, e.created_at AS event_at, e.inquiry_id, e.account_id, e.reference_id
     FROM object_events AS e JOIN hold_rules AS r ON e.name LIKE r.name OR e.name LIKE r.cleared_by
-    WHERE e.object_id IS NOT NULL;
+    WHERE e.object_id IS NOT NULL AND (r.object_status = '' OR e.object_status IS NOT NULL);
 
+-- The newest of them decides; whom it concerns, the newest that carries the ID.
 CREATE VIEW IF NOT EXISTS holds_by_the_rules AS
     SELECT object_id, rule, raised, lasting, hold, event_id, event_at,
         inquiry_id, account_id, reference_id
-    FROM (SELECT h.*, row_number() OVER (PARTITION BY h.object_id, h.rule
-            ORDER BY h.event_at DESC, h.event_id DESC) AS age FROM hold_events AS h) AS newest
+    FROM (SELECT h.object_id, h.rule, h.raised, h.lasting, h.hold, h.event_id, h.event_at,
+            row_number() OVER (PARTITION BY h.object_id, h.rule
+                ORDER BY h.event_at DESC, h.event_id DESC) AS age,
+            first_value(h.inquiry_id) OVER (PARTITION BY h.object_id, h.rule
+                ORDER BY h.inquiry_id IS NULL, h.event_at DESC, h.event_id DESC) AS inquiry_id,
+            first_value(h.account_id) OVER (PARTITION BY h.object_id, h.rule
+                ORDER BY h.account_id IS NULL, h.event_at DESC, h.event_id DESC) AS account_id,
+            first_value(h.reference_id) OVER (PARTITION BY h.object_id, h.rule
+                ORDER BY h.reference_id IS NULL, h.event_at DESC, h.event_id DESC) AS reference_id
+        FROM hold_events AS h) AS newest
     WHERE age = 1;
 
 -- A person's status is that of their best inquiry among those that count: a decision before an
@@ -445,9 +461,11 @@ CREATE VIEW IF NOT EXISTS kyc_status_by_the_rules AS
                 UNION ALL SELECT h.hold, h.event_at, h.event_id, h.lasting FROM inquiries AS n
                     JOIN holds AS h ON h.account_id = n.account_id AND h.raised = 1
                     WHERE n.person = p.person
-                UNION ALL SELECT h.hold, h.event_at, h.event_id, h.lasting FROM accounts AS a
+                UNION ALL SELECT h.hold, h.event_at, h.event_id, h.lasting FROM events AS e
+                    JOIN accounts AS a ON a.account_id = e.account_id
+                        AND a.reference_id = e.reference_id
                     JOIN holds AS h ON h.account_id = a.account_id AND h.raised = 1
-                    WHERE a.reference_id = p.person
+                    WHERE e.reference_id = p.person AND e.object_type = 'account'
                 UNION ALL SELECT h.hold, h.event_at, h.event_id, h.lasting FROM holds AS h
                     WHERE h.reference_id = p.person AND h.raised = 1) AS h
          WHERE h.lasting = 1 OR i.standing < 3 OR h.event_at > i.event_at
@@ -492,11 +510,24 @@ CREATE VIEW IF NOT EXISTS kyc_timeline AS
     WHERE e.reference_id IS NOT NULL
         AND NOT EXISTS (SELECT 1 FROM inquiries AS i WHERE i.inquiry_id = e.inquiry_id)
     UNION ALL
-    SELECT a.reference_id, e.created_at, e.name, e.event_id,
+    SELECT o.reference_id, e.created_at, e.name, e.event_id,
         e.inquiry_id, e.account_id, e.received_at, e.state, e.rowid
-    FROM accounts AS a JOIN events AS e ON e.account_id = a.account_id
+    FROM (SELECT DISTINCT reference_id, account_id FROM events
+            WHERE object_type = 'account' AND reference_id IS NOT NULL) AS o
+        JOIN accounts AS a ON a.account_id = o.account_id AND a.reference_id = o.reference_id
+        JOIN events AS e ON e.account_id = o.account_id
     WHERE e.reference_id IS NULL
         AND NOT EXISTS (SELECT 1 FROM inquiries AS i WHERE i.inquiry_id = e.inquiry_id)
+    UNION ALL
+    SELECT o.person, e.created_at, e.name, e.event_id,
+        e.inquiry_id, e.account_id, e.received_at, e.state, e.rowid
+    FROM (SELECT DISTINCT person, account_id FROM inquiries WHERE account_id IS NOT NULL) AS o
+        JOIN accounts AS a ON a.account_id = o.account_id AND a.reference_id = o.person
+        JOIN events AS e ON e.account_id = o.account_id
+    WHERE e.reference_id IS NULL
+        AND NOT EXISTS (SELECT 1 FROM inquiries AS i WHERE i.inquiry_id = e.inquiry_id)
+        AND NOT EXISTS (SELECT 1 FROM events AS n WHERE n.account_id = o.account_id
+            AND n.object_type = 'account' AND n.reference_id = o.person)
     UNION ALL
     SELECT e.account_id, e.created_at, e.name, e.event_id,
         e.inquiry_id, e.account_id, e.received_at, e.state, e.rowid

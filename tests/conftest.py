@@ -1,12 +1,19 @@
-"""What the tests share: an app on a database of its own, a sender that signs, a real server."""
+"""What the tests share: an app on a database of its own, a sender that signs, a real server.
+
+A handlers.py of the team beside app.py is put aside: here an empty module stands for it, and
+servers and commands run in a folder of links that has none.
+"""
 
 import collections
+import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
+import hmac
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -14,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,13 +29,15 @@ from pathlib import Path
 import pytest
 
 os.environ["FLASK_RUN_FROM_CLI"] = "true"  # importing app starts no service
-import app as kyc
+sys.modules["handlers"] = types.ModuleType("handlers")
+import app as kyc  # noqa: E402
+from commands.trigger import build_event  # noqa: E402
 
 kyc.take_core = lambda: None  # it would hold pytest, and every server it starts, on one core
 
 ROOT = Path(kyc.__file__).parent
 PAYLOADS = ROOT.parent / "shared" / "persona" / "payloads"
-SECRET = "wbhsec_test"
+SECRET = "wbhsec_test_0123456789abcdef"
 LONG = os.environ.get("LONG") == "1"  # the long variants: more rounds, more time
 
 
@@ -43,10 +53,30 @@ def environ(database):
 
 
 @pytest.fixture
-def app(environ):
-    app = kyc.create_app(environ)
-    yield app
-    app.extensions["journal"].stop()
+def create(environ):
+    """Create apps, with more variables than `environ` has; all are stopped when the test ends."""
+    apps = []
+
+    def create(**variables):
+        variables = {**environ, **variables, "FLASK_RUN_FROM_CLI": "true"}
+        kyc.prepare_database(kyc.read_config(variables))
+        apps.append(kyc.create_app(variables))
+        return apps[-1]
+
+    yield create
+    for app in apps:
+        app.extensions["journal"].stop()
+
+
+@pytest.fixture
+def app(create):
+    return create()
+
+
+@pytest.fixture
+def runner(app):
+    """Run a command in this process; return click's result."""
+    return lambda *arguments, **options: app.test_cli_runner().invoke(args=arguments, **options)
 
 
 @pytest.fixture
@@ -75,11 +105,13 @@ def send(client):
 
 @pytest.fixture
 def handlers():
-    """The registry of handlers, put back afterwards."""
-    before = {name: list(functions) for name, functions in kyc.HANDLERS.items()}
+    """The registries of handlers and rules, put back afterwards."""
+    registries = (kyc.HANDLERS, kyc.STATUS_RULES, kyc.HOLD_RULES)
+    before = [registry.copy() for registry in registries]
     yield kyc.HANDLERS
-    kyc.HANDLERS.clear()
-    kyc.HANDLERS.update(before)
+    for registry, content in zip(registries, before, strict=True):
+        registry.clear()
+        (registry.update if isinstance(registry, dict) else registry.extend)(content)
 
 
 @pytest.fixture
@@ -101,12 +133,14 @@ def build_library(source, folder):
 
 def build(name="inquiry.approved", **ids):
     """Return the body of an event as `flask trigger` builds it."""
-    return json.dumps(kyc.build_event(name, **ids)).encode()
+    return json.dumps(build_event(name, **ids)).encode()
 
 
-def sign(body, secret=SECRET, scheme="persona", timestamp=None):
-    """Return the headers that authenticate `body`."""
-    return kyc.sign(body, secret.encode(), scheme, timestamp or int(time.time()))
+def sign(body, secret=SECRET, timestamp=None):
+    """Return the headers that authenticate `body`, as Persona's page on webhooks says."""
+    timestamp = int(timestamp or time.time())
+    digest = hmac.new(secret.encode(), b"%d." % timestamp + body, "sha256").hexdigest()
+    return {"Persona-Signature": f"t={timestamp},v1={digest}"}
 
 
 def unrecognized_id(body):
@@ -114,10 +148,35 @@ def unrecognized_id(body):
     return "sha256:" + hashlib.sha256(body).hexdigest()
 
 
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory):
+    """A copy of what is deployed, without anybody's handlers.py."""
+    return deploy(tmp_path_factory.mktemp("deployment") / "kyc")
+
+
+def deploy(folder, handlers=None):
+    """Copy what is deployed to a new folder, with a handlers.py of its own; return the folder."""
+    folder.mkdir()
+    for name in ("app.py", "schema.sql"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("commands", "dashboard", "postgres"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name)
+    if handlers is not None:
+        (folder / "handlers.py").write_text(handlers)
+    return folder
+
+
+def bare_environment():
+    """Return what a new shell has."""
+    names = ("PATH", "HOME", "LANG")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 class Server:
     """A real gunicorn on a free port, in a process group of its own."""
 
-    def __init__(self, environ, log, *options, cwd=ROOT, arguments=None, module="app:app"):
+    def __init__(self, environ, log, *options, cwd, arguments=None, module="app:app"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -125,11 +184,10 @@ class Server:
         self.log = Path(log)
         flags = [module, *procfile_flags()[1:], "--bind", f"127.0.0.1:{self.port}", *options]
         command = arguments or [sys.executable, "-m", "gunicorn", *flags]
-        base = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,
-                env={**base, "PORT": str(self.port), **environ},
+                env={**bare_environment(), "PORT": str(self.port), **environ},
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -183,13 +241,13 @@ def procfile_flags():
 
 
 @pytest.fixture
-def serve(environ, tmp_path):
+def serve(environ, tmp_path, deployment):
     """Start gunicorn as the Procfile does; every server is gone when the test ends."""
     servers = []
 
-    def serve(*options, wait=True, module="app:app", **variables):
+    def serve(*options, wait=True, module="app:app", cwd=deployment, **variables):
         log = tmp_path / "gunicorn.log"
-        server = Server({**environ, **variables}, log, *options, module=module)
+        server = Server({**environ, **variables}, log, *options, module=module, cwd=cwd)
         servers.append(server)
         return server.wait_until_up() if wait else server
 
@@ -199,15 +257,14 @@ def serve(environ, tmp_path):
 
 
 @pytest.fixture
-def flask(environ):
+def flask(environ, deployment):
     """Run a `flask` command as an operator does; return the finished process."""
 
-    def flask(*arguments, input=None, check=True, **variables):
-        base = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    def flask(*arguments, input=None, check=True, cwd=deployment, **variables):
         process = subprocess.run(
             [sys.executable, "-m", "flask", *arguments],
-            env={**base, **environ, **variables},
-            cwd=ROOT,
+            env={**bare_environment(), **environ, **variables},
+            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=60,
@@ -218,6 +275,27 @@ def flask(environ):
         return process
 
     return flask
+
+
+@pytest.fixture
+def refusal(deployment):
+    """Start a service that refuses to; return what it says."""
+
+    def refusal(environ, *command, cwd=deployment):
+        command = command or ("-m", "gunicorn", "app:app", "--bind", "127.0.0.1:0")
+        process = subprocess.run(
+            [sys.executable, *command],
+            env={"PATH": "", "HOME": "/nonexistent", **environ},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert process.returncode != 0
+        assert "Traceback" not in process.stderr
+        return process.stderr
+
+    return refusal
 
 
 class Load:
@@ -285,9 +363,34 @@ class Load:
 @contextlib.contextmanager
 def locked_file(database):
     """Hold the lock file for the block."""
-    with open(f"{database}.lock") as lock:
+    with open(f"{database}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def send_together(send, database, bodies):
+    """Post bodies that wait in line together, for one commit; return the answers in order."""
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        with locked_file(database):
+            answers = [pool.submit(send, body) for body in bodies]
+            time.sleep(0.1)  # until all are in line; one that is late goes with the next commit
+        return [answer.result() for answer in answers]
+
+
+def back_up(database, copy):
+    """Make a consistent copy of a database."""
+    with (
+        contextlib.closing(sqlite3.connect(database)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+
+
+def stored(path):
+    """Return the IDs in a journal, after a look at its integrity."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        return [row[0] for row in db.execute("SELECT event_id FROM events ORDER BY rowid")]
 
 
 @contextlib.contextmanager

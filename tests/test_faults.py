@@ -1,6 +1,6 @@
 """Faults: what the sender gets, that nothing accepted is lost, and that it recovers by itself.
 
-LONG=1 loads the WAL for 60 seconds instead of 5.
+LONG=1 writes 2 GB into the WAL instead of 100 MB.
 """
 
 import contextlib
@@ -19,16 +19,18 @@ from conftest import (
     LONG,
     Load,
     assert_kept,
+    back_up,
     build,
     build_library,
     children,
     locked_file,
     readers,
     sign,
+    stored,
     wait_until,
 )
 
-LOAD_SECONDS = 60 if LONG else 5
+WAL_MEGABYTES = 2000 if LONG else 100
 ANSWER_SECONDS = 5  # Persona waits no longer
 
 
@@ -103,9 +105,7 @@ def test_redelivery_to_a_new_worker_while_fsync_fails_is_postponed(sync, databas
     assert server.send(first)[0] == 200
     failing.touch()
     assert server.send(body)[0] == 503
-    (worker,) = children(server)
-    os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: children(server) - {worker})
+    kill_worker(server)
     server.wait_until_up()
     assert [server.send(body)[0] for _ in range(3)] == [503] * 3
     failing.unlink()
@@ -131,29 +131,23 @@ def test_failing_fsync_under_load_loses_nothing(sync, database):
 # Locks
 
 
-@pytest.mark.parametrize("lock", ["database", "file"])
-def test_lock_held_by_a_stranger_postpones_events_until_it_is_released(serve, database, lock):
-    server = serve("--preload", "--workers", "2")
-    with Load(server.port, clients=16) as load:
+@pytest.mark.parametrize(("lock", "workers"), [("database", "1"), ("file", "2")])
+def test_lock_held_by_a_stranger_postpones_events_in_time_until_it_is_released(
+    serve, database, lock, workers
+):
+    server = serve("--workers", workers)
+    with Load(server.port, clients=100, timeout=30) as load:
         wait_until(progress(load))
-        with locked_database(database) if lock == "database" else locked_file(database):
-            assert server.request("GET", "/healthz")[0] == 503
-            wait_until(lambda: load.answers[503] >= 16)
+        with LOCKS[lock](database):
+            wait_until(lambda: load.answers[503] >= 200, seconds=30)
+            status, answer = server.request("GET", "/healthz")
+            assert (status, b'"status": "unavailable"' in answer) == (503, True)
+            if lock == "file":  # the line is bounded
+                wait_until(lambda: b"too many deliveries" in server.send(build())[1])
         assert_postponed(load)
         wait_until(progress(load))
+    assert set(load.answers) == {200, 503}
     assert_kept(database, load.accepted)
-
-
-@pytest.mark.parametrize("lock", ["database", "file"])
-def test_many_senders_are_answered_in_time_while_a_stranger_holds_a_lock(serve, database, lock):
-    server = serve()
-    with (
-        locked_database(database) if lock == "database" else locked_file(database),
-        Load(server.port, clients=100, timeout=30) as load,
-    ):
-        wait_until(lambda: load.answers[503] >= 100, seconds=60)
-    assert set(load.answers) == {503}
-    assert_postponed(load)
 
 
 # The file
@@ -177,14 +171,49 @@ def test_whole_database_moved_away_and_back_loses_nothing(serve, database):
     server = serve("--preload", "--workers", "2")
     with Load(server.port, clients=4) as load:
         wait_until(progress(load))
+        before = max(map(count_open_files, children(server)))
         for suffix in ("", "-wal", "-shm"):
             os.rename(f"{database}{suffix}", f"{database}{suffix}.away")
-        wait_until(lambda: load.answers[503] >= 20)
+        wait_until(lambda: load.answers[503] >= 50)
         assert_postponed(load)
         for suffix in ("-shm", "-wal", ""):
             os.rename(f"{database}{suffix}.away", f"{database}{suffix}")
         wait_until(progress(load))
+        assert max(map(count_open_files, children(server))) < before + 20
     assert_kept(database, load.accepted)
+
+
+def test_folder_that_is_not_one_postpones_events_until_it_is_back(serve, tmp_path):
+    folder, away = tmp_path / "data", tmp_path / "away"
+    folder.mkdir()
+    server = serve(KYC_DATABASE=str(folder / "kyc.db"))
+    assert server.send(build(event_id="evt_1"))[0] == 200
+    folder.rename(away)
+    folder.touch()
+    status, answer = server.send(build(event_id="evt_2"))
+    assert (status, b"Not a directory" in answer) == (503, True)
+    folder.unlink()
+    away.rename(folder)
+    assert server.send(build(event_id="evt_2"))[0] == 200
+    assert stored(folder / "kyc.db") == ["evt_1", "evt_2"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_database_swapped_for_its_copy_under_load_loses_nothing(serve, database, tmp_path, workers):
+    server = serve("--workers", workers)
+    kept, copy = set(), tmp_path / "copy.db"
+    with Load(server.port, clients=6) as load:
+        for number in range(4):
+            wait_until(progress(load))
+            back_up(database, copy)
+            wait_until(progress(load))
+            aside = database.rename(tmp_path / f"aside{number}.db")
+            copy.rename(database)
+            wait_until(progress(load))
+            kept |= set(stored(aside))
+        wait_until(progress(load))
+    assert server.stop() == 0
+    assert load.accepted.keys() <= kept | set(stored(database))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -275,7 +304,6 @@ def test_client_gone_before_the_answer_harms_nobody(serve, database):
         for _ in range(10):
             with connect(server) as client:
                 client.sendall(raw_request(body))
-        time.sleep(0.5)
     wait_until(lambda: count_events(database) == 1)
     assert b"duplicate" in server.send(body)[1]
     assert_kept(database, {"evt_gone": body})
@@ -295,14 +323,13 @@ def test_client_gone_in_the_middle_of_its_body_stores_nothing(serve, database):
 # Processes
 
 
-def test_killed_worker_is_replaced_and_loses_nothing(serve, database):
-    server = serve("--workers", "2")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_worker_is_replaced_and_loses_nothing(serve, database, workers):
+    server = serve("--workers", str(workers))
     with Load(server.port, clients=8) as load:
         for _ in range(3):
             wait_until(progress(load))
-            before = children(server)
-            os.kill(min(before), signal.SIGKILL)
-            wait_until(lambda before=before: len(children(server) - before) == 1)
+            kill_worker(server)
         wait_until(progress(load))
     assert not {status for status in load.answers if isinstance(status, int)} - {200}
     assert_kept(database, load.accepted)
@@ -312,24 +339,31 @@ def test_worker_killed_while_it_waits_in_line_leaves_no_lock(serve, database):
     server = serve("--workers", "2")
     with Load(server.port, clients=8) as load:
         with locked_file(database):
-            time.sleep(0.5)
-            for worker in children(server):
-                os.kill(worker, signal.SIGKILL)
+            time.sleep(0.3)  # until deliveries wait in line
+            for _ in range(2):
+                kill_worker(server)
         wait_until(progress(load))
     assert_kept(database, load.accepted)
 
 
-@pytest.mark.parametrize("lock", ["database", "file"])
-def test_worker_that_starts_while_a_stranger_holds_a_lock_ends_nothing(serve, database, lock):
-    server = serve()
-    with Load(server.port, clients=4) as load:
-        wait_until(progress(load))
-        with locked_database(database) if lock == "database" else locked_file(database):
-            os.kill(*children(server), signal.SIGKILL)
-            time.sleep(12 if lock == "file" else 5)  # longer than a start waits
-            assert server.process.poll() is None, server.log.read_text()[-1000:]
-        wait_until(progress(load))
-    assert_kept(database, load.accepted)
+def test_worker_that_starts_while_a_stranger_holds_a_lock_ends_nothing(serve, tmp_path):
+    databases = {lock: tmp_path / f"{lock}.db" for lock in LOCKS}
+    servers = {lock: serve(KYC_DATABASE=str(path)) for lock, path in databases.items()}
+    given_up = "KYC_DATABASE cannot be used for now, events get 503"
+    with contextlib.ExitStack() as stack:
+        loads = [stack.enter_context(Load(one.port, clients=4)) for one in servers.values()]
+        wait_until(lambda: all(load.accepted for load in loads))
+        with contextlib.ExitStack() as locks:
+            for lock, server in servers.items():
+                locks.enter_context(LOCKS[lock](databases[lock]))
+                kill_worker(server)
+                assert server.process.poll() is None
+            log = servers["file"].log  # of both
+            wait_until(lambda: log.read_text().count(given_up) == 2, seconds=30)
+        for load in loads:
+            wait_until(progress(load))
+    for path, load in zip(databases.values(), loads, strict=True):
+        assert_kept(path, load.accepted)
 
 
 def test_worker_that_starts_while_the_database_is_gone_makes_no_other(serve, database):
@@ -337,40 +371,22 @@ def test_worker_that_starts_while_the_database_is_gone_makes_no_other(serve, dat
     with Load(server.port, clients=4) as load:
         wait_until(progress(load))
         database.rename(f"{database}.away")
-        os.kill(*children(server), signal.SIGKILL)
-        time.sleep(2)
-        assert server.process.poll() is None, server.log.read_text()[-1000:]
+        kill_worker(server)
+        refused = load.answers[503]
+        wait_until(lambda: load.answers[503] >= refused + 20)
         assert not database.exists()
         os.rename(f"{database}.away", database)
         wait_until(progress(load))
     assert_kept(database, load.accepted)
 
 
-def test_worker_that_cannot_start_ends_nothing_once_others_have_served(serve, tmp_path):
-    folder, away = tmp_path / "data", tmp_path / "away"
-    folder.mkdir()
-    server = serve(KYC_DATABASE=str(folder / "kyc.db"))
-    assert server.send(build(event_id="evt_1"))[0] == 200
-    time.sleep(6)  # gunicorn is taken to serve then
-    folder.rename(away)
-    folder.touch()
-    os.kill(*children(server), signal.SIGKILL)
-    time.sleep(2)
-    assert server.process.poll() is None, server.log.read_text()[-1000:]
-    assert server.send(build(event_id="evt_2"))[0] == 503
-    folder.unlink()
-    away.rename(folder)
-    assert server.send(build(event_id="evt_2"))[0] == 200
-    assert count_events(folder / "kyc.db") == 2
-
-
 def test_worker_that_starts_on_a_full_disk_ends_nothing(serve, small_disk):
     server = serve(KYC_DATABASE=str(small_disk / "kyc.db"))
     with Load(server.port, clients=4, padding=20_000) as load:
         wait_until(lambda: load.answers[503] >= 20)
-        os.kill(*children(server), signal.SIGKILL)
-        time.sleep(2)
-        assert server.process.poll() is None, server.log.read_text()[-1000:]
+        kill_worker(server)
+        refused = load.answers[503]
+        wait_until(lambda: load.answers[503] >= refused + 20)
         subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
         wait_until(progress(load))
     assert_kept(small_disk / "kyc.db", load.accepted)
@@ -380,82 +396,13 @@ def test_wal_stays_bounded_while_readers_come_and_go(serve, database):
     server = serve("--workers", "2")
     sizes = []
     with readers(database, 2), Load(server.port, clients=6, padding=300_000) as load:
-        for _ in range(LOAD_SECONDS * 10):
-            time.sleep(0.1)
+        while sum(map(len, load.accepted.copy().values())) < WAL_MEGABYTES << 20:
             sizes.append(os.path.getsize(f"{database}-wal"))
-    written = sum(len(body) for body in load.accepted.values())
-    print(f"{written >> 20} MB accepted, WAL up to {max(sizes) >> 20} MB")
-    assert written > 150 << 20
-    assert max(sizes) < 150 << 20
+            time.sleep(0.05)
+    print(f"{WAL_MEGABYTES} MB accepted, WAL up to {max(sizes) >> 20} MB")
+    assert max(sizes) < 64 << 20
     assert set(load.answers) == {200}
     assert_kept(database, load.accepted)
-
-
-# The writer
-
-
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, MemoryError, RecursionError])
-def test_whatever_a_handler_raises_fails_its_event_alone(send, db, handlers, error):
-    def fail(db, event):
-        raise error("no")
-
-    handlers["inquiry.declined"] = [fail]
-    answers = send_at_once(send, ["inquiry.approved", "inquiry.declined"] * 8)
-    assert sorted(answers) == [200] * 8 + [500] * 8
-    assert states(db) == {("inquiry.approved", "processed"): 8, ("inquiry.declined", "failed"): 8}
-    assert send("inquiry.approved").status_code == 200
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "COMMIT",
-        "ROLLBACK",
-        "RELEASE handler",
-        "INSERT OR ROLLBACK INTO taken VALUES (1)",
-        "INSERT INTO breaking VALUES (1)",
-    ],
-)
-def test_handler_that_breaks_its_transaction_fails_its_event_alone(send, db, handlers, statement):
-    db.executescript("""
-        CREATE TABLE taken (number UNIQUE);
-        INSERT INTO taken VALUES (1);
-        CREATE TABLE breaking (number);
-        CREATE TRIGGER break BEFORE INSERT ON breaking BEGIN SELECT RAISE(ROLLBACK, 'no'); END;
-        CREATE TABLE counted (event_id TEXT);
-    """)
-    handlers["inquiry.declined"] = [lambda db, event: db.execute(statement)]
-    handlers["inquiry.approved"] = [count_event]
-    answers = send_at_once(send, ["inquiry.approved", "inquiry.declined"] * 8)
-    assert sorted(answers) == [200] * 8 + [500] * 8
-    assert states(db) == {("inquiry.approved", "processed"): 8, ("inquiry.declined", "failed"): 8}
-    assert db.execute("SELECT count(*) FROM counted").fetchone()[0] == 8
-
-
-def count_event(db, event):
-    db.execute("INSERT INTO counted VALUES (?)", (event.event_id,))
-
-
-def send_at_once(send, names):
-    """Send an event of each name, all at once; return the statuses."""
-    answers, start = [], threading.Barrier(len(names))
-
-    def post(name):
-        start.wait()
-        answers.append(send(name).status_code)
-
-    threads = [threading.Thread(target=post, args=(name,)) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return answers
-
-
-def states(db):
-    """Return how many events there are of each name and state."""
-    query = "SELECT name, state, count(*) FROM events GROUP BY name, state"
-    return {(name, state): count for name, state, count in db.execute(query)}
 
 
 # Causes of trouble
@@ -468,7 +415,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder]
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
+        pytest.skip("a full disk needs root, and leave to mount")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
@@ -483,7 +430,7 @@ def limit_file_size(pid, size):
 def sync(serve, tmp_path):
     """A server, and the path of a file: while that exists, every fsync fails."""
     if not shutil.which("gcc"):
-        pytest.skip("the failing fsync needs gcc")
+        pytest.skip("a failing fsync needs gcc")
     failing = tmp_path / "failing"
     library = build_library("failing_fsync.c", tmp_path)
     return serve(LD_PRELOAD=str(library), FSYNC_FAILS=str(failing)), failing
@@ -494,7 +441,7 @@ def immutable(*paths):
     """Let the file system refuse every write to these files for the block."""
     command = shutil.which("chattr")
     if not command or subprocess.run([command, "+i", *paths], capture_output=True).returncode:
-        pytest.skip("files cannot be made immutable here")
+        pytest.skip("a read-only file needs root, chattr, and a file system with that attribute")
     try:
         yield
     finally:
@@ -508,6 +455,9 @@ def locked_database(database):
         db.execute("BEGIN IMMEDIATE")
         yield
         db.execute("ROLLBACK")
+
+
+LOCKS = {"database": locked_database, "file": locked_file}
 
 
 @contextlib.contextmanager
@@ -539,6 +489,18 @@ def assert_postponed(load):
     assert max(load.seconds) < ANSWER_SECONDS
 
 
+def kill_worker(server):
+    """Kill a worker; return when there is another one."""
+    before = children(server)
+    os.kill(min(before), signal.SIGKILL)
+    wait_until(lambda: len(children(server) - before) == 1)
+
+
+def count_open_files(pid):
+    """Return how many files a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
 def progress(load):
     """Return a condition: twenty more events have been accepted."""
     count = len(load.accepted)
@@ -552,15 +514,6 @@ def fill(server, prefix, number):
         wait_until(lambda: len(load.accepted) >= number)
     assert set(load.answers) == {200}
     return load.accepted
-
-
-def back_up(database, copy):
-    """Make a consistent copy of the database."""
-    with (
-        contextlib.closing(sqlite3.connect(database)) as source,
-        contextlib.closing(sqlite3.connect(copy)) as target,
-    ):
-        source.backup(target)
 
 
 def checkpoint(database):

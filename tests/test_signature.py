@@ -1,6 +1,8 @@
 """Verification: only what Persona signed, over the raw bytes, around now."""
 
 import ast
+import hashlib
+import hmac
 import inspect
 import time
 
@@ -10,12 +12,18 @@ from conftest import SECRET, build, sign
 import app as kyc
 
 NOW = 1_720_713_905
+OTHER = "wbhsec_other_0123456789abcdef"
 
 
 def verify(body, headers, now=NOW, **environ):
-    """Verify against the configuration in `environ`."""
+    """Verify against the configuration in `environ`; return which secret matched."""
     config = kyc.read_config({"PERSONA_WEBHOOK_SECRET": SECRET, **environ})
-    kyc.verify(body, headers, config, now)
+    return kyc.verify(body, headers, config, now)
+
+
+def fingerprint(secret):
+    """Return what the journal calls a secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()[:8]
 
 
 def refusal(headers, body=b"abc123", **environ):
@@ -28,6 +36,17 @@ def refusal(headers, body=b"abc123", **environ):
 def pair(body=b"abc123", secret=SECRET, timestamp=NOW):
     """Return one `t=...,v1=...` pair."""
     return sign(body, secret, timestamp=timestamp)["Persona-Signature"]
+
+
+def sign_by(scheme, timestamp=NOW, body=b"abc123"):
+    """Return the headers that authenticate `body` in one of the three schemes."""
+    message = body if scheme == "body" else b"%d." % timestamp + body
+    digest = hmac.new(SECRET.encode(), message, "sha256").hexdigest()
+    return {
+        "persona": {"Persona-Signature": f"t={timestamp},v1={digest}"},
+        "split": {"X-Persona-Timestamp": str(timestamp), "X-Persona-Signature": digest},
+        "body": {"Persona-Signature": digest},
+    }[scheme]
 
 
 def test_known_vector():
@@ -51,14 +70,14 @@ def test_the_secret_itself_is_no_signature():
 
 
 def test_hmac_of_the_body_alone_is_refused():
-    digest = sign(b"abc123", scheme="body")["Persona-Signature"]
+    digest = sign_by("body")["Persona-Signature"]
     assert "no signature" in str(refusal({"Persona-Signature": f"t={NOW},v1={digest}"}))
 
 
-@pytest.mark.parametrize("separator", [" ", "  ", ",", ", "])
+@pytest.mark.parametrize("separator", [" ", "  ", "\t", ",", ", "])
 @pytest.mark.parametrize("right", [0, 1])
 def test_either_signature_of_a_rotation_is_enough(right, separator):
-    pairs = [pair(secret="wbhsec_other"), pair(secret="wbhsec_other")]
+    pairs = [pair(secret=OTHER), pair(secret=OTHER)]
     pairs[right] = pair()
     verify(b"abc123", {"Persona-Signature": separator.join(pairs)})
 
@@ -70,10 +89,12 @@ def test_each_signature_is_checked_against_its_own_time():
     verify(b"abc123", {"Persona-Signature": f"{swapped} {other}"})
 
 
-@pytest.mark.parametrize("secrets", [f"{SECRET},new", f"new {SECRET}", f" new,\n{SECRET} ,"])
-def test_any_configured_secret_matches(secrets):
-    verify(b"abc123", {"Persona-Signature": pair()}, PERSONA_WEBHOOK_SECRET=secrets)
-    verify(b"abc123", {"Persona-Signature": pair(secret="new")}, PERSONA_WEBHOOK_SECRET=secrets)
+@pytest.mark.parametrize("secrets", ["{},{}", "{} {}", " {},\n{} ,"])
+def test_any_configured_secret_matches_and_is_told(secrets):
+    secrets = secrets.format(SECRET, OTHER)
+    for secret in (SECRET, OTHER):
+        headers = {"Persona-Signature": pair(secret=secret)}
+        assert verify(b"abc123", headers, PERSONA_WEBHOOK_SECRET=secrets) == fingerprint(secret)
 
 
 @pytest.mark.parametrize(("age", "words"), [(301, "301 seconds old"), (-301, "in the future")])
@@ -123,7 +144,7 @@ def test_number_of_signatures_is_bounded():
 @pytest.mark.parametrize("scheme", kyc.SCHEMES)
 def test_each_scheme_accepts_its_own_signature_only(scheme):
     for other in kyc.SCHEMES:
-        headers = sign(b"abc123", scheme=other, timestamp=NOW)
+        headers = sign_by(other)
         if other == scheme:
             verify(b"abc123", headers, PERSONA_SIGNATURE_SCHEME=scheme)
         else:
@@ -131,7 +152,7 @@ def test_each_scheme_accepts_its_own_signature_only(scheme):
 
 
 def test_split_scheme_checks_the_time():
-    headers = sign(b"abc123", scheme="split", timestamp=NOW - 400)
+    headers = sign_by("split", timestamp=NOW - 400)
     assert refusal(headers, PERSONA_SIGNATURE_SCHEME="split").stale
 
 
@@ -148,6 +169,15 @@ def test_nothing_unsigned_is_stored(client, db):
     client.post("/webhooks/persona", data=build(), headers=sign(b"another body"))
     client.post("/webhooks/persona", data=build(), headers=sign(build(), "wrong"))
     assert db.execute("SELECT count(*) FROM events").fetchone()[0] == 0
+
+
+def test_journal_keeps_which_secret_signed(create, db):
+    client = create(PERSONA_WEBHOOK_SECRET=f"{SECRET} {OTHER}").test_client()
+    for secret in (SECRET, OTHER):
+        body = build()
+        assert client.post("/webhook", data=body, headers=sign(body, secret)).status_code == 200
+    kept = [row["signed_by"] for row in db.execute("SELECT signed_by FROM events ORDER BY rowid")]
+    assert kept == [fingerprint(SECRET), fingerprint(OTHER)]
 
 
 def test_repeated_header_is_read_as_one(client):
