@@ -27,6 +27,7 @@ import app as kyc
 from commands.names import doubt_name
 
 MODULES = ("trigger", "status", "mend", "hold", "remove", "keep")
+MODULES += ("backfill", "reconcile", "forward", "export")
 COMMANDS: list[click.Command] = []
 
 
