@@ -352,7 +352,7 @@ def read_signatures(headers: Mapping[str, str], scheme: str) -> list[tuple[str, 
 
 NAMED_BY_REFERENCE = {"transaction", "importer-pipeline-run"}  # by your ID of them, not of a person
 PLURALS = {"inquiry": "inquiries", "account": "accounts"}
-MENTION = re.compile(rb"\b(?:inq|act)_\w{1,64}")
+MENTIONS = (re.compile(rb"inq_\w{1,64}"), re.compile(rb"act_\w{1,64}"))
 
 
 class Event(NamedTuple):
@@ -829,8 +829,10 @@ def store(db: Connection, deliveries: list[Delivery]) -> list[str | None]:
 
 def read_mentions(delivery: Delivery) -> list[tuple[str, str]]:
     """Return the inquiries and accounts that the body names beyond the columns, with the event."""
-    ids = {match.decode() for match in MENTION.findall(delivery.body)} - set(delivery.event[3:10])
-    return [(mentioned, delivery.event.event_id) for mentioned in ids]
+    body, event = delivery.body, delivery.event
+    found = (match for pattern in MENTIONS for match in pattern.finditer(body))
+    ids = {one[0].decode() for one in found if not body[one.start() - 1 : one.start()].isalnum()}
+    return [(mentioned, event.event_id) for mentioned in ids.difference(event[3:10])]
 
 
 def select(db: Connection, query: str, keys: Iterable[str]) -> list[sqlite3.Row]:
