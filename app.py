@@ -268,8 +268,9 @@ def answer_bug(error: Exception) -> Response:
 
 def log_rejection(reason: str, stale: bool = False) -> None:
     """Log why a request was not accepted."""
+    path = request.url_rule.rule if request.url_rule else request.path  # without a person's ID
     words = "outcome=rejected stale=%s reason=%s method=%s path=%s"
-    log.warning(words, str(stale).lower(), *map(quote, (reason, request.method, request.path)))
+    log.warning(words, str(stale).lower(), *map(quote, (reason, request.method, path)))
 
 
 def quote(value: str) -> str:
