@@ -145,7 +145,7 @@ def limit_time(db: sqlite3.Connection, look: Callable, full: bool) -> Findings:
 
 
 ADVICE = {  # words of an error -> what to do
-    "no such file|no journal": "start the service, which makes it, or set KYC_DATABASE",
+    "no such file|no journal": "start the service, bring the file back, or set KYC_DATABASE",
     "is gone": "bring the file back, or stop the service and start it again",
     "lock|in time": "see who holds it (fuser -v, of the file and its .lock), and end that",
     "full": "make room, or flask prune --older-than 90d",
@@ -392,5 +392,5 @@ def check_secrets(db: sqlite3.Connection, after: int) -> Findings:
         time = last.get(secret, "")
         words = f"last signed {cli.show_age(time)} ago" if time else "has signed no recent event"
         stale = time < cli.ago(days=30)
-        advice = "; take it out if it was replaced" if stale else ""
+        advice = "; take it out if it was replaced" if stale and time else ""
         yield NOTE if stale else OK, "secret", f"{secret} {words}{advice}"

@@ -22,7 +22,8 @@ verification: canceled created escalated failed passed requires-retry skipped su
     tentatively-failed tentatively-passed updated-tags
 workflow-run: created errored resumed
 kyc: held released
-"""  # the last are of `flask hold`; of reports there are too many kinds
+test: ping
+"""  # the last are of `flask hold`, and for trials; of reports there are too many kinds
 REPORT_EVENTS = "dismissed errored matched ready submitted"
 
 
