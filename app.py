@@ -1265,6 +1265,7 @@ def connect(path: Path, *, readonly: bool = False) -> Connection:
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA secure_delete = ON")
+            db.execute("PRAGMA temp_store = MEMORY")  # no page of a journal in temporary files
             db.execute("PRAGMA wal_autocheckpoint = 0")  # it would swallow errors
             db.execute("PRAGMA journal_size_limit = 67108864")  # of a WAL that starts anew
     except sqlite3.DatabaseError as error:
