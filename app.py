@@ -1,6 +1,6 @@
 """Receive Persona's webhooks: a journal of every event, and the KYC status of every person.
 
-The way of an event, which is also the order of this file:
+An event's path, which is also the order of this file:
 
     POST body -> verify(raw bytes, header) -> read_event -> journal and projection, one transaction
               -> fsync -> handlers, a transaction of their own -> 200
@@ -21,6 +21,7 @@ import codecs
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import hmac
 import importlib
@@ -249,7 +250,7 @@ def answer_unavailable(error: "JournalError") -> Response:
 
 
 def answer_http_error(error: HTTPException) -> Response:
-    """Answer a wrong path, method or body in JSON; log what was posted in vain."""
+    """Answer a wrong path, method or body in JSON; log rejected POSTs."""
     if request.method == "POST":
         log_rejection(error.name)
     response = error.get_response()
@@ -351,7 +352,7 @@ def read_signatures(headers: Mapping[str, str], scheme: str) -> list[tuple[str, 
 # Events
 # --------------------------------------------------------------------------------------
 
-NAMED_BY_REFERENCE = {"transaction", "importer-pipeline-run"}  # by your ID of them, not of a person
+NAMED_BY_REFERENCE = {"transaction", "importer-pipeline-run"}  # theirs, not a person's
 PLURALS = {"inquiry": "inquiries", "account": "accounts"}
 MENTIONS = (re.compile(rb"inq_\w{1,64}"), re.compile(rb"act_\w{1,64}"))
 
@@ -387,7 +388,7 @@ def read_event(body: bytes, received_at: str) -> Event:
     else:  # the older shapes of third-party guides
         event_id, name = field(document, "id"), field(document, "type")
         if not payload:
-            payload, attributes = data, None  # the object itself, whose age is not the event's
+            payload, attributes = data, None  # the object, whose created-at is not the event's
         elif not text(event_id):
             event_id = field(data, "id")
     if not text(event_id) or not text(name):
@@ -427,7 +428,7 @@ def read_object(thing: Any, kind: str) -> tuple[str | None, ...]:
 
 
 def related(thing: Any, kind: str) -> str | None:
-    """Return the ID of the one object of a kind that `thing` points at; None when of several."""
+    """Return the ID of the only related object of a kind; None if there is none, or several."""
     relationships = field(thing, "relationships")
     things = (
         point_at(relationships, kind)
@@ -466,7 +467,7 @@ def camel_case(key: str) -> str:
 
 
 def text(value: Any) -> str | None:
-    """Return `value` if it is text that a table can hold and a key can be, else None."""
+    """Return `value` if it is non-empty text that SQLite can store, else None."""
     if not isinstance(value, str) or not value or "\0" in value:
         return None
     try:
@@ -520,7 +521,7 @@ def parse_json(body: bytes) -> Any:
 # --------------------------------------------------------------------------------------
 
 ANSWER_SECONDS = 4.0  # Persona waits five
-LEAST_SECONDS = 0.2  # to wait while no commit succeeds: then requests queue in front, too
+LEAST_SECONDS = 0.2  # to wait while no commit succeeds; then requests queue in gunicorn, too
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 MAX_WAL = 16 * 1024 * 1024  # bytes; a longer WAL is copied into the database
 EVENT_BYTES = 40_000  # that an event adds to the WAL beside its body: about ten pages
@@ -535,6 +536,10 @@ READ_EVENTS = """
     SELECT rowid, state, event_id, name, created_at, object_type, object_id,
         object_status, inquiry_id, account_id, reference_id, template_id
     FROM events WHERE event_id IN (:keys) ORDER BY rowid
+"""
+NOTE_REMOVAL = """
+    CREATE TEMP TRIGGER note_removal AFTER UPDATE OF body ON main.events
+    WHEN OLD.body IS NOT NULL AND NEW.body IS NULL BEGIN SELECT note_removal(); END
 """
 INSERT_MENTION = """
     INSERT INTO mentions (id, position) SELECT ?, rowid FROM events WHERE event_id = ?
@@ -596,20 +601,22 @@ class Journal:
 
     def __init__(self, config: Config):
         self.config, self.path = config, config.database
+        self.prepared: Any = None  # the file into which this process has written its rules
         self.reset()
         os.register_at_fork(after_in_child=self.reset)
 
     def reset(self) -> None:
         """Start from nothing, as a process does that has just been forked."""
+        self.inherited = getattr(self, "db", None)  # SQLite forbids to close it in a child
         self.line: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.starting = threading.Lock()
         self.thread: threading.Thread | None = None
         self.db: Connection | None = None
         self.files: list[Any] = []  # which files are open: the database, its WAL, the WAL's index
         self.wal_bytes = 0  # about, that commits have added since it was last copied
-        self.wal_holds_removed = True  # bodies; at first those that a killed process removed
+        self.wal_holds_removed = True  # bodies, perhaps; at the start those of a killed process
         self.rebuilding: Iterator[Any] | None = None
-        self.busy_since: float | None = None  # since when something is due and nothing succeeded
+        self.busy_since: float | None = None  # begin of the present spell without a commit
         self.looked_at = self.probed_at = self.commit_seconds = 0.0
         self.probed = ""  # why the last probe failed
         self.commits = 0
@@ -630,11 +637,10 @@ class Journal:
                 self.thread = threading.Thread(target=self.run, daemon=True)
                 self.thread.start()
         busy = time.monotonic() - (self.busy_since or time.monotonic())
-        if not delivery.done.acquire(timeout=max(ANSWER_SECONDS - busy, LEAST_SECONDS)):
-            blame = f"the handler {RUNNING[0]}" if RUNNING else "the database"
-            raise JournalError(f"{blame} did not answer in time")
+        served = delivery.done.acquire(timeout=max(ANSWER_SECONDS - busy, LEAST_SECONDS))
         if delivery.outcome is None:
-            raise JournalError(delivery.error)
+            blame = next((f"the handler {name}" for name in RUNNING), "the database")
+            raise JournalError(delivery.error if served else f"{blame} did not answer in time")
         return delivery.outcome
 
     def probe(self) -> str:
@@ -687,7 +693,7 @@ class Journal:
         """Commit `batch`; if an event is to blame for a failure, each event by itself."""
         try:
             self.commit(batch)
-        except BaseException as error:  # the one seam: a batch fails, the writer goes on
+        except BaseException as error:  # catch-all: the batch fails, the thread survives
             if not isinstance(error, FileGoneError):
                 self.close()
             fail(batch, error)
@@ -703,14 +709,13 @@ class Journal:
             outcomes = store(db, deliveries)
             if len(deliveries) < len(batch):
                 db.execute(PROBE)
-        self.busy_since = None
         for delivery, outcome in zip(deliveries, outcomes, strict=True):
             delivery.outcome = outcome
             self.wal_bytes += EVENT_BYTES + len(delivery.body)
-            self.wal_holds_removed |= delivery.event.name.endswith(".redacted")
         self.commits += 1
         self.commit_seconds += time.perf_counter() - began
         dispatch(db, [delivery for delivery in deliveries if delivery.outcome is None])
+        self.busy_since = None
         for delivery in batch:
             delivery.outcome = delivery.outcome or STORED  # a probe
 
@@ -725,16 +730,16 @@ class Journal:
             return
         try:
             with turn(self.path):
-                if self.db and not self.is_replaced():
+                if self.db and not self.check_files():
                     if self.rebuilding and next(self.rebuilding, None) is None:
                         self.rebuilding = None
                     if resting or self.wal_holds_removed:
-                        self.wal_holds_removed &= not copy_wal(self.db, "TRUNCATE")
+                        self.wal_holds_removed &= not checkpoint(self.db, "TRUNCATE")
                     elif long:
-                        copy_wal(self.db, "RESTART")
+                        checkpoint(self.db, "RESTART")
                     self.wal_bytes = 0 if long or resting else self.wal_bytes
         except FileGoneError:
-            pass  # the next delivery is told
+            pass  # the next delivery gets this error
         except Exception as error:  # the thread survives; the next delivery opens anew
             log.error("the database cannot be looked after: %s", reason(error))
             self.close()
@@ -746,23 +751,30 @@ class Journal:
 
         Raises FileGoneError while the database, or the WAL that is open, is not at its path.
         """
-        self.is_replaced()
+        self.check_files()
         if self.db is None:
             database, db = identify(self.path)[0], connect(self.path)
             try:
-                prepare(db, self.config)
+                prepare(db, None if database == self.prepared else self.config)
+                db.create_function("note_removal", 0, self.note_removal)
+                db.execute(NOTE_REMOVAL)
                 if db.execute("PRAGMA wal_checkpoint").fetchone()[0]:  # as far as readers allow
-                    raise DatabaseError("a stranger copies the WAL")
+                    raise DatabaseError("another program is checkpointing the database")
                 self.files = identify(self.path)
                 if self.files[0] != database or None in self.files:
                     raise DatabaseError("a file was replaced while it was opened")
             except BaseException:
                 db.close()
                 raise
-            self.db, self.rebuilding = db, rebuild_if_due(db)
+            self.db, self.prepared = db, database
+            self.rebuilding = rebuild(db, only_if_due=True)
         return self.db
 
-    def is_replaced(self) -> bool:
+    def note_removal(self) -> None:
+        """Note that a body was removed, so that the WAL is emptied; called by a trigger."""
+        self.wal_holds_removed = True
+
+    def check_files(self) -> bool:
         """Tell whether another database is at the path; then the connection is dropped.
 
         Raises FileGoneError while the database, or the WAL that is open, is not at its path.
@@ -774,7 +786,7 @@ class Journal:
             return False
         if files[0] == self.files[0]:
             if files[1] is None:
-                copy_wal(self.db, "TRUNCATE")  # nobody else can have begun another one
+                checkpoint(self.db, "TRUNCATE")  # nobody else can have begun another one
             raise FileGoneError("the WAL is gone: bring it back, or stop and start")
         self.leave_database(files)
         return True
@@ -787,7 +799,7 @@ class Journal:
         """
         copied = False
         with contextlib.suppress(sqlite3.Error):
-            copied = copy_wal(self.db, "TRUNCATE")
+            copied = checkpoint(self.db, "TRUNCATE")
         self.close()
         for path, old, new in zip(wal_paths(self.path), self.files[1:], files[1:], strict=True):
             if old == new:
@@ -911,7 +923,7 @@ FIND_PEOPLE = """  -- of an inquiry, an account and a reference ID
     UNION SELECT reference_id FROM accounts WHERE account_id = :account
     UNION SELECT :reference
 """
-NEXT_KEYS = {  # of all rows there may be, after one; holds first, for they forbid
+NEXT_KEYS = {  # the next keys after :last; holds first, so that they come before an approval
     "objects": """SELECT object_id FROM events
             WHERE object_id > :last AND object_id IS NOT inquiry_id
         UNION SELECT object_id FROM holds WHERE object_id > :last ORDER BY 1 LIMIT 500""",
@@ -923,6 +935,7 @@ NEXT_KEYS = {  # of all rows there may be, after one; holds first, for they forb
         UNION SELECT reference_id FROM kyc_status WHERE reference_id > :last
         ORDER BY 1 LIMIT 500""",
 }
+IS_REBUILD_DUE = "SELECT 1 FROM rules_in_force WHERE projected = 0 AND since = ?"
 
 Keys = Iterable[str]
 Change = tuple[sqlite3.Row | None, sqlite3.Row | None]  # a row before and after; None: no row
@@ -964,7 +977,8 @@ def refresh(
 def find_accounts(db: Connection, changes: list[Change]) -> set[str]:
     """Return the accounts whose reference ID may be another after these changes of inquiries.
 
-    Not those to which one with the reference ID they have was added, or in which it decided later.
+    The others cannot: an inquiry with the reference ID that the account has already was added, or
+    got a newer deciding event.
     """
     accounts = {row["account_id"] for row in both_sides(changes) if row["account_id"]}
     known = dict(map(tuple, select(db, READ_ACCOUNTS, accounts)))
@@ -1021,28 +1035,25 @@ def statements(table: str) -> tuple[str, str, str]:
 STATEMENTS = {table: statements(table) for table in COLUMNS}
 
 
-def rebuild(db: Connection) -> Iterator[list[Change]]:
+def rebuild(db: Connection, only_if_due: bool = False) -> Iterator[list[Change]]:
     """Compute all projections anew, a chunk in each step and transaction, and write what differs.
 
-    Yield the rows of kyc_status that changed, after each step.
+    Yield the rows of kyc_status that changed, after each step. If it is to be done only if due, it
+    ends as soon as another process has done it, or the rules are changed again.
     """
-    (rules,) = db.execute("SELECT rules FROM rules_in_force").fetchone()
+    (since,) = db.execute("SELECT since FROM rules_in_force").fetchone()
     for rows, query in NEXT_KEYS.items():
         ids = [""]
         while ids:
             with transaction(db):
+                if only_if_due and not db.execute(IS_REBUILD_DUE, (since,)).fetchone():
+                    return
                 ids = [row[0] for row in db.execute(query, {"last": ids[-1]})]
                 also = {"objects": ids} if rows == "inquiries" else {}
                 changes = refresh(db, **{rows: ids}, **also)
             yield changes
     with transaction(db):
-        db.execute("UPDATE rules_in_force SET projected = 1 WHERE rules = ?", (rules,))
-
-
-def rebuild_if_due(db: Connection) -> Iterator[list[Change]] | None:
-    """Return a rebuild, if the projections were made by other rules than those in force."""
-    due = db.execute("SELECT 1 FROM rules_in_force WHERE projected = 0").fetchone()
-    return rebuild(db) if due else None
+        db.execute("UPDATE rules_in_force SET projected = 1 WHERE since = ?", (since,))
 
 
 # --------------------------------------------------------------------------------------
@@ -1060,11 +1071,19 @@ STATUSES = (
 RUNNING: list[str] = []  # the handler that runs now, for those who wait for it
 SLOW_SECONDS = 1.0
 
+READ_KNOWN = """
+    SELECT state, object_status, inquiry_id, account_id, reference_id, template_id
+    FROM events WHERE event_id = ?
+"""
 SET_STATE = """
     UPDATE events SET state = :state, error = CASE WHEN redacted_at IS NULL THEN :error
         ELSE substr(:error, 1, instr(:error || ':', ':') - 1) END  -- the kind, not the message
     WHERE event_id = :event_id
 """
+
+
+class TransactionLostError(Exception):
+    """A handler undid the whole transaction or keeps it open, its neighbours' events included."""
 
 
 def on(*names: str) -> Callable[[Handler], Handler]:
@@ -1146,13 +1165,14 @@ def dispatch(db: Connection, deliveries: list[Delivery]) -> None:
 
 def run_handlers(db: Connection, event: Event) -> tuple[str, str | None]:
     """Run an event's handlers, unless they have; return the outcome, and the error for the log."""
-    query = "SELECT state FROM events WHERE event_id = ?"
-    if db.execute(query, (event.event_id,)).fetchone()[0] == "processed":
+    state, *known = db.execute(READ_KNOWN, (event.event_id,)).fetchone()
+    if state == "processed":
         return DUPLICATE, None
+    event = Event(*event[:5], *known, event.payload)  # another copy may have named more IDs
     fault: BaseException | None = None
     db.execute("SAVEPOINT handlers")
     try:
-        db.set_authorizer(protect_transaction)
+        db.set_authorizer(functools.partial(protect_transaction, db))
         for handler in HANDLERS.get(event.name, ()):
             call_handler(handler, db, event)
     except BaseException as error:  # even sys.exit() in a handler fails its event alone
@@ -1165,11 +1185,12 @@ def run_handlers(db: Connection, event: Event) -> tuple[str, str | None]:
         RUNNING.clear()
         db.set_authorizer(None)
         db.row_factory, db.text_factory = sqlite3.Row, str
-    if not db.in_transaction:  # INSERT OR ROLLBACK, RAISE(ROLLBACK), a full disk
-        raise RuntimeError("a handler ended the transaction") from fault
-    if fault:
-        db.execute("ROLLBACK TO handlers")
-    db.execute("RELEASE handlers")
+    try:
+        if fault:
+            db.execute("ROLLBACK TO handlers")
+        db.execute("RELEASE handlers")
+    except sqlite3.OperationalError as error:  # INSERT OR ROLLBACK, a statement left open
+        raise TransactionLostError(str(error)) from fault
     return set_state(db, event, fault)
 
 
@@ -1183,11 +1204,16 @@ def call_handler(handler: Handler, db: Connection, event: Event) -> None:
         log.warning("slow handler=%s seconds=%.1f", quote(RUNNING[0]), seconds)
 
 
-def protect_transaction(action: int, _: str | None, name: str | None, *__: object) -> int:
-    """Refuse what would end a handler's transaction or savepoint; asked at each prepare."""
+def protect_transaction(
+    db: Connection, action: int, _: str | None, name: str | None, *__: Any
+) -> int:
+    """Refuse what would end a handler's transaction or savepoint, and all after it was ended.
+
+    SQLite asks when it prepares a statement.
+    """
     ends = action == sqlite3.SQLITE_TRANSACTION
-    ends |= action == sqlite3.SQLITE_SAVEPOINT and name == "handlers"
-    return sqlite3.SQLITE_DENY if ends else sqlite3.SQLITE_OK
+    ends |= action == sqlite3.SQLITE_SAVEPOINT and name.lower() == "handlers"
+    return sqlite3.SQLITE_DENY if ends or not db.in_transaction else sqlite3.SQLITE_OK
 
 
 def set_state(db: Connection, event: Event, fault: BaseException | None) -> tuple[str, str | None]:
@@ -1204,7 +1230,8 @@ def explain_error(error: BaseException) -> tuple[str, str]:
     The first begins with the kind, for a redaction cuts it there; the second has no message,
     which may quote personal data.
     """
-    error = error.__cause__ or error  # of a handler that ended its transaction
+    if isinstance(error, TransactionLostError) and error.__cause__:
+        error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == str(HERE / "handlers.py")]
     place = f" (handlers.py:{own[-1].lineno} {own[-1].name})" if own else ""
@@ -1244,10 +1271,9 @@ class FileGoneError(DatabaseError):
 
 def is_obstacle(error: BaseException) -> bool:
     """Tell whether the disk, the file or another process is to blame, and no event."""
-    return isinstance(error, OSError | DatabaseError) or type(error) in (
-        sqlite3.OperationalError,
-        sqlite3.DatabaseError,
-    )
+    if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_ERROR  # in the SQL
+    return isinstance(error, OSError | DatabaseError)
 
 
 def connect(path: Path, *, readonly: bool = False) -> Connection:
@@ -1278,10 +1304,10 @@ def connect(path: Path, *, readonly: bool = False) -> Connection:
     return db
 
 
-def prepare_database(config: Config) -> None:
+def prepare_database(config: Config) -> bool:
     """Create the database if there is none, mode 0600, and bring it up to date.
 
-    New rules are applied to the past for START_SECONDS at most; the journal goes on with it.
+    New rules are applied to the past for START_SECONDS at most; return whether that was enough.
     Raises UnusableError when no waiting helps, DatabaseError when something is in the way.
     """
     path = config.database
@@ -1292,22 +1318,27 @@ def prepare_database(config: Config) -> None:
         with contextlib.closing(connect(path)) as db:
             with turn(path, seconds=10), transaction(prepare(db, config)):
                 db.execute(PROBE)  # fails here, not at the first event, when read-only
-            steps, deadline = rebuild_if_due(db) or iter(()), time.monotonic() + START_SECONDS
-            while time.monotonic() < deadline:
+            steps, deadline = rebuild(db, only_if_due=True), time.monotonic() + START_SECONDS
+            complete = False
+            while not complete and time.monotonic() < deadline:
                 with turn(path, seconds=10):
-                    if next(steps, None) is None:
-                        break
+                    complete = next(steps, None) is None
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)  # the new files' names must last, too
         os.close(directory)
+        return complete
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UnusableError(error.strerror) from None
     except (OSError, sqlite3.Error) as error:
         raise DatabaseError(reason(error)) from None
 
 
-def prepare(db: Connection, config: Config) -> Connection:
-    """Bring an open database up to date, its schema and the configured rules; return it."""
+def prepare(db: Connection, config: Config | None) -> Connection:
+    """Bring an open database up to date: its schema, and the rules unless `config` is None.
+
+    Return the connection. A process writes its rules into a file once, so that an old worker that
+    opens it again during a reload does not undo those of the new one.
+    """
     version = db.execute("PRAGMA user_version").fetchone()[0]
     tables = {row[0] for row in db.execute("SELECT name FROM sqlite_schema")}
     if (version or tables) and "events" not in tables:
@@ -1316,7 +1347,8 @@ def prepare(db: Connection, config: Config) -> Connection:
         raise UnusableError("its disk does not support WAL")
     if version == 0:
         db.executescript("BEGIN IMMEDIATE;" + SCHEMA.read_text() + "COMMIT;")
-    write_rules(db, config.templates)
+    if config:
+        write_rules(db, config.templates)
     return db
 
 
@@ -1341,7 +1373,7 @@ def write_rules(db: Connection, templates: tuple[str, ...]) -> None:
             "INSERT INTO hold_rules VALUES (?, ?, ?, 1, 1) ON CONFLICT DO NOTHING", holds
         )
         db.executemany("INSERT INTO kyc_templates VALUES (?)", [(name,) for name in templates])
-        db.execute("INSERT INTO rules_in_force VALUES (?, 0)", (rules,))
+        db.execute("INSERT INTO rules_in_force VALUES (?, 0, ?)", (rules, str(time.time_ns())))
 
 
 def wal_paths(path: Path) -> list[Path]:
@@ -1361,7 +1393,7 @@ def identify(path: Path) -> list[tuple[int, int] | None]:
     return files
 
 
-def copy_wal(db: Connection, mode: str) -> bool:
+def checkpoint(db: Connection, mode: str) -> bool:
     """Copy all of the WAL into the database and sync both; tell if no reader was in the way.
 
     TRUNCATE cuts the WAL to nothing; RESTART lets the next commit start it from the beginning.
@@ -1459,7 +1491,7 @@ def create_app(environ: Mapping[str, str]) -> Flask:
 
 def prepare_service(app: Flask, environ: Mapping[str, str]) -> None:
     """Make ready to receive: log, warn, prepare the database, and finish it at the end."""
-    config = app.config["KYC"]
+    config, journal = app.config["KYC"], app.extensions["journal"]
     if not config.secrets:
         raise ConfigError("PERSONA_WEBHOOK_SECRET is not set: nothing could be verified")
     if "DYNO" in environ and environ.get("KYC_EPHEMERAL_DISK") != "accept":
@@ -1470,12 +1502,15 @@ def prepare_service(app: Flask, environ: Mapping[str, str]) -> None:
     start_logging()
     warn(config)
     try:
-        prepare_database(config)
+        complete = prepare_database(config)
+        journal.prepared = identify(config.database)[0]
+        if not complete:  # the journal goes on with the past
+            threading.Thread(target=journal.probe, daemon=True).start()
     except UnusableError:
         raise
     except DatabaseError as error:
         log.error("KYC_DATABASE cannot be used for now, events get 503: %s", error)
-    atexit.register(app.extensions["journal"].stop)
+    atexit.register(journal.stop)
 
 
 def start_logging() -> None:

@@ -1,5 +1,5 @@
 -- The tables of the Persona webhook receiver, as read with: sqlite3 kyc.db
--- Applied when the service starts; running it again changes nothing.
+-- Applied when the database is created; running it again changes nothing.
 -- All times are UTC, YYYY-MM-DDTHH:MM:SS.mmmZ, so they sort as text.
 --
 --   1  the journal      events, mentions, redactions: append-only, all else follows from it
@@ -81,7 +81,7 @@ CREATE TRIGGER IF NOT EXISTS events_refuse_update BEFORE UPDATE OF
     event_id, name, created_at, received_at, object_type, object_id,
     source, signed_by, attempt, body_sha256 ON events
 BEGIN
-    SELECT RAISE(ABORT, 'the journal is append-only: only state, error and redaction may change');
+    SELECT RAISE(ABORT, 'the journal is append-only: only state, error, redaction and missing IDs may change');
 END;
 
 CREATE TRIGGER IF NOT EXISTS events_refuse_rewrite BEFORE UPDATE ON events
@@ -104,6 +104,16 @@ CREATE TABLE IF NOT EXISTS mentions (
     PRIMARY KEY (id, position)
 ) STRICT, WITHOUT ROWID;
 
+CREATE TRIGGER IF NOT EXISTS mentions_refuse_delete BEFORE DELETE ON mentions
+BEGIN
+    SELECT RAISE(ABORT, 'mentions are kept: redactions must find them');
+END;
+
+CREATE TRIGGER IF NOT EXISTS mentions_refuse_update BEFORE UPDATE ON mentions
+BEGIN
+    SELECT RAISE(ABORT, 'mentions are kept: redactions must find them');
+END;
+
 -- Whose bodies are not kept, until when, and by whose order.
 CREATE TABLE IF NOT EXISTS redactions (
     subject_id      TEXT,           -- an inquiry, account, reference, event or other object ID;
@@ -120,6 +130,11 @@ CREATE INDEX IF NOT EXISTS redactions_by_subject
     ON redactions (subject_id) WHERE subject_id IS NOT NULL;
 
 CREATE TRIGGER IF NOT EXISTS redactions_refuse_delete BEFORE DELETE ON redactions
+BEGIN
+    SELECT RAISE(ABORT, 'redactions are kept: events that arrive late must find them');
+END;
+
+CREATE TRIGGER IF NOT EXISTS redactions_refuse_update BEFORE UPDATE ON redactions
 BEGIN
     SELECT RAISE(ABORT, 'redactions are kept: events that arrive late must find them');
 END;
@@ -161,7 +176,8 @@ BEGIN
     SELECT NEW.id, NEW.id, NULL, NULL, received_at FROM events WHERE rowid = NEW.position;
 END;
 
--- To insert here is to call a procedure: obey every redaction that may reach what an event names.
+-- A view used as a procedure (an INSERT runs its trigger): obey every redaction that may reach
+-- what an event names.
 CREATE VIEW IF NOT EXISTS obey_redactions AS
     SELECT '' AS inquiry_id, '' AS account_id, '' AS reference_id, '' AS object_id, '' AS at
     WHERE false;
@@ -185,7 +201,7 @@ BEGIN
     GROUP BY subject_id;
 END;
 
--- To insert here is to call a procedure: remove the bodies of a subject's events. An account
+-- A view used as a procedure: remove the bodies of a subject's events. An account
 -- includes the inquiries that events link to it; a reference ID its inquiries, and its and their
 -- accounts with all of theirs; each of them what mentions it, whenever that was created. A case or
 -- a transaction may concern several people, so it does not tell whose inquiry or account it names.
@@ -232,7 +248,7 @@ CREATE TABLE IF NOT EXISTS statuses (
     status   TEXT NOT NULL PRIMARY KEY,
     stage    INTEGER NOT NULL,  -- 1 open, 2 outcome, 3 decision
     rank     INTEGER NOT NULL,  -- which one decides when two happened at the same time
-    standing INTEGER NOT NULL   -- the stage, but 0 when expired
+    standing INTEGER NOT NULL   -- equals the stage, except expired: 0
 ) STRICT, WITHOUT ROWID;
 
 INSERT INTO statuses (status, stage, rank, standing) VALUES
@@ -278,11 +294,11 @@ CREATE TABLE IF NOT EXISTS kyc_templates (
     template_id TEXT NOT NULL PRIMARY KEY
 ) STRICT, WITHOUT ROWID;
 
--- The rules of handlers.py and KYC_TEMPLATES, as one text, and whether the projections are made
--- by them yet: the service compares the text at its start.
+-- The rules of handlers.py and KYC_TEMPLATES, as one text: the service compares it at its start.
 CREATE TABLE IF NOT EXISTS rules_in_force (
     rules     TEXT NOT NULL,
-    projected INTEGER NOT NULL
+    projected INTEGER NOT NULL,  -- 1 once a rebuild by these rules has finished
+    since     TEXT NOT NULL      -- tells one time that they came into force from another
 ) STRICT;
 
 
@@ -418,8 +434,8 @@ CREATE VIEW IF NOT EXISTS object_events AS
         inquiry_id, account_id, reference_id
     FROM events WHERE object_id = inquiry_id;
 
--- Every event that raises or clears a hold, and by which rule. One whose object status was
--- filtered out does not clear a hold that asks for it.
+-- Every event that raises or clears a hold, and by which rule. One without an object status does
+-- neither when the rule requires one.
 CREATE VIEW IF NOT EXISTS hold_events AS
     SELECT e.object_id,
         r.name || CASE r.object_status WHEN '' THEN '' ELSE ' ' END || r.object_status AS rule,
@@ -432,7 +448,7 @@ CREATE VIEW IF NOT EXISTS hold_events AS
     FROM object_events AS e JOIN hold_rules AS r ON e.name LIKE r.name OR e.name LIKE r.cleared_by
     WHERE e.object_id IS NOT NULL AND (r.object_status = '' OR e.object_status IS NOT NULL);
 
--- The newest of them decides; whom it concerns, the newest that carries the ID.
+-- The newest of them decides; each ID is taken from the newest that has it.
 CREATE VIEW IF NOT EXISTS holds_by_the_rules AS
     SELECT object_id, rule, raised, lasting, hold, event_id, event_at,
         inquiry_id, account_id, reference_id
@@ -451,6 +467,7 @@ CREATE VIEW IF NOT EXISTS holds_by_the_rules AS
 -- A person's status is that of their best inquiry among those that count: a decision before an
 -- outcome, before an open one, before an expired one; among equals the newest. A hold is shown
 -- unless the decision is as new as what raised it: then it was decided with that in sight.
+-- (Without any hold, any_hold is empty and the four look-ups are skipped.)
 CREATE VIEW IF NOT EXISTS kyc_status_by_the_rules AS
     SELECT p.person AS reference_id, i.status,
         (SELECT h.hold FROM (SELECT 1 FROM holds WHERE raised = 1 LIMIT 1) AS any_hold

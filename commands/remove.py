@@ -111,7 +111,7 @@ def report_removal(db: sqlite3.Connection, removed: int) -> None:
     deadline = time.monotonic() + READER_SECONDS
     while time.monotonic() < deadline:
         with cli.turn():
-            emptied = kyc.copy_wal(db, "TRUNCATE")
+            emptied = kyc.checkpoint(db, "TRUNCATE")
         if emptied:
             click.echo(f"{cli.plural(removed, 'body', 'bodies')} removed")
             return

@@ -128,26 +128,59 @@ def test_failing_fsync_under_load_loses_nothing(sync, database):
     assert_kept(database, load.accepted)
 
 
+def test_pages_that_a_failed_sync_has_lost_are_copied_again(sync, database):
+    server, failing = sync
+    before = database.with_name("before.db")
+    bodies = {f"evt_{n}": build(event_id=f"evt_{n}", reference_id=f"person-{n}") for n in range(9)}
+    assert server.send(bodies["evt_0"])[0] == 200
+    wait_until(lambda: os.path.getsize(f"{database}-wal") == 0)
+    shutil.copy(database, before)
+    for name in ("evt_1", "evt_2", "evt_3"):
+        assert server.send(bodies[name])[0] == 200
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM events").fetchone()
+        for name in ("evt_4", "evt_5", "evt_6"):
+            assert server.send(bodies[name])[0] == 200
+        wait_until(lambda: database.read_bytes() != before.read_bytes())  # what the reader allows
+        failing.touch()
+    wait_until(lambda: "the database cannot be looked after" in server.log.read_text())
+    shutil.copy(before, database)  # so the disk has lost all that was not synced
+    failing.unlink()
+    for name in ("evt_7", "evt_8"):
+        assert server.send(bodies[name])[0] == 200
+    wait_until(lambda: os.path.getsize(f"{database}-wal") == 0)
+    assert_kept(database, bodies)
+
+
 # Locks
 
 
-@pytest.mark.parametrize(("lock", "workers"), [("database", "1"), ("file", "2")])
-def test_lock_held_by_a_stranger_postpones_events_in_time_until_it_is_released(
-    serve, database, lock, workers
-):
-    server = serve("--workers", workers)
-    with Load(server.port, clients=100, timeout=30) as load:
-        wait_until(progress(load))
-        with LOCKS[lock](database):
-            wait_until(lambda: load.answers[503] >= 200, seconds=30)
-            status, answer = server.request("GET", "/healthz")
-            assert (status, b'"status": "unavailable"' in answer) == (503, True)
-            if lock == "file":  # the line is bounded
-                wait_until(lambda: b"too many deliveries" in server.send(build())[1])
-        assert_postponed(load)
-        wait_until(progress(load))
-    assert set(load.answers) == {200, 503}
-    assert_kept(database, load.accepted)
+def test_lock_held_by_a_stranger_postpones_events_in_time_until_it_is_released(locked_servers):
+    with locked_servers(clients=64, workers="2") as (servers, loads, lock):  # more than threads
+        with lock:
+            wait_until(lambda: all(load.answers[503] >= 100 for load in loads), seconds=30)
+            for server in servers:
+                status, answer = server.request("GET", "/healthz")
+                assert (status, b'"status": "unavailable"' in answer) == (503, True)
+            # The line is bounded.
+            wait_until(lambda: b"too many" in servers[1].send(build())[1], seconds=60)
+        for load in loads:
+            assert_postponed(load)
+            wait_until(progress(load))
+            assert set(load.answers) == {200, 503}
+
+
+def test_worker_that_starts_while_a_stranger_holds_a_lock_ends_nothing(locked_servers):
+    with locked_servers(clients=4, workers="1") as (servers, loads, lock):
+        with lock:
+            for server in servers:
+                kill_worker(server)
+            words, log = "KYC_DATABASE cannot be used for now, events get 503", servers[0].log
+            wait_until(lambda: log.read_text().count(words) == 2, seconds=30)
+            assert [server.process.poll() for server in servers] == [None, None]
+        for load in loads:
+            wait_until(progress(load))
 
 
 # The file
@@ -214,6 +247,22 @@ def test_database_swapped_for_its_copy_under_load_loses_nothing(serve, database,
         wait_until(progress(load))
     assert server.stop() == 0
     assert load.accepted.keys() <= kept | set(stored(database))
+
+
+def test_process_that_opens_a_swapped_database_leaves_the_old_wal_alone(serve, database, tmp_path):
+    one, other = serve(), serve()  # as two workers, of which one has nothing to do yet
+    copy, aside = tmp_path / "copy.db", tmp_path / "aside.db"
+    assert one.send(build(event_id="evt_0"))[0] == 200
+    back_up(database, copy)
+    assert one.send(build(event_id="evt_1"))[0] == 200
+    database.rename(aside)
+    copy.rename(database)
+    for number, server in enumerate((other, one, other), 2):
+        body = build(event_id=f"evt_{number}")
+        wait_until(lambda server=server, body=body: server.send(body)[0] == 200)
+    assert (one.stop(), other.stop()) == (0, 0)
+    assert stored(aside) == ["evt_0", "evt_1"]
+    assert stored(database) == ["evt_0", "evt_2", "evt_3", "evt_4"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -346,26 +395,6 @@ def test_worker_killed_while_it_waits_in_line_leaves_no_lock(serve, database):
     assert_kept(database, load.accepted)
 
 
-def test_worker_that_starts_while_a_stranger_holds_a_lock_ends_nothing(serve, tmp_path):
-    databases = {lock: tmp_path / f"{lock}.db" for lock in LOCKS}
-    servers = {lock: serve(KYC_DATABASE=str(path)) for lock, path in databases.items()}
-    given_up = "KYC_DATABASE cannot be used for now, events get 503"
-    with contextlib.ExitStack() as stack:
-        loads = [stack.enter_context(Load(one.port, clients=4)) for one in servers.values()]
-        wait_until(lambda: all(load.accepted for load in loads))
-        with contextlib.ExitStack() as locks:
-            for lock, server in servers.items():
-                locks.enter_context(LOCKS[lock](databases[lock]))
-                kill_worker(server)
-                assert server.process.poll() is None
-            log = servers["file"].log  # of both
-            wait_until(lambda: log.read_text().count(given_up) == 2, seconds=30)
-        for load in loads:
-            wait_until(progress(load))
-    for path, load in zip(databases.values(), loads, strict=True):
-        assert_kept(path, load.accepted)
-
-
 def test_worker_that_starts_while_the_database_is_gone_makes_no_other(serve, database):
     server = serve()
     with Load(server.port, clients=4) as load:
@@ -400,7 +429,7 @@ def test_wal_stays_bounded_while_readers_come_and_go(serve, database):
             sizes.append(os.path.getsize(f"{database}-wal"))
             time.sleep(0.05)
     print(f"{WAL_MEGABYTES} MB accepted, WAL up to {max(sizes) >> 20} MB")
-    assert max(sizes) < 64 << 20
+    assert max(sizes) < 96 << 20
     assert set(load.answers) == {200}
     assert_kept(database, load.accepted)
 
@@ -448,16 +477,35 @@ def immutable(*paths):
         subprocess.run([command, "-i", *paths], check=True)
 
 
+@pytest.fixture
+def locked_servers(serve, tmp_path):
+    """Two loaded servers, with a lock on the one's database and the other's lock file."""
+
+    @contextlib.contextmanager
+    def locked_servers(clients, workers):
+        databases = [tmp_path / "database.db", tmp_path / "file.db"]
+        servers = [serve("--workers", workers, KYC_DATABASE=str(path)) for path in databases]
+        with contextlib.ExitStack() as stack:
+            loads = [Load(server.port, clients, timeout=30) for server in servers]
+            for load in loads:
+                wait_until(progress(stack.enter_context(load)))
+            yield servers, loads, hold_locks(*databases)
+        for database, load in zip(databases, loads, strict=True):
+            assert_kept(database, load.accepted)
+
+    return locked_servers
+
+
 @contextlib.contextmanager
-def locked_database(database):
-    """Hold the database's write lock for the block, as an open sqlite3 shell may."""
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None, timeout=20)) as db:
+def hold_locks(one, other):
+    """Hold the write lock of a database, as an open sqlite3 shell may, and another's lock file."""
+    with (
+        contextlib.closing(sqlite3.connect(one, isolation_level=None, timeout=20)) as db,
+        locked_file(other),
+    ):
         db.execute("BEGIN IMMEDIATE")
         yield
         db.execute("ROLLBACK")
-
-
-LOCKS = {"database": locked_database, "file": locked_file}
 
 
 @contextlib.contextmanager
@@ -508,11 +556,11 @@ def progress(load):
 
 
 def fill(server, prefix, number):
-    """Send events; return those that were accepted, which is all of them."""
+    """Send events until so many were accepted; return those that were."""
     load = Load(server.port, clients=2, prefix=prefix, padding=1000)
     with load:
         wait_until(lambda: len(load.accepted) >= number)
-    assert set(load.answers) == {200}
+    assert set(load.answers) <= {200, 503}
     return load.accepted
 
 

@@ -160,6 +160,10 @@ def test_handler_cannot_change_how_rows_are_read(send, handlers):
     assert len(runs) == 1
 
 
+CAUSED = ValueError("no such plan")
+CAUSED.__cause__ = KeyError("basic")
+
+
 class SilentError(Exception):
     """An error that cannot be put into words."""
 
@@ -173,6 +177,7 @@ class SilentError(Exception):
         (SyntaxError("at Jane", ("x", 1, 1, "Jane")), "SyntaxError: at Jane (x, line 1)"),
         (KeyError("Jane"), "KeyError: 'Jane'"),
         (ValueError(), "ValueError"),
+        (CAUSED, "ValueError: no such plan"),
         (SilentError(), "SilentError"),
         (ValueError("\ud800"), "ValueError: \\ud800"),
         (ValueError("x" * 5_000_000), "ValueError: " + "x" * 988),
@@ -353,6 +358,13 @@ def test_rule_takes_effect_for_the_past_at_the_next_start(serve, tmp_path, datab
     (folder / "handlers.py").write_text("")
     serve(cwd=folder)  # and without any delivery
     wait_until(lambda: held() == (0, len(load.accepted), []))
+
+
+def test_rules_are_those_of_the_newest_start(serve, database):
+    old, new = (serve(KYC_TEMPLATES=f"itmpl_{age}") for age in ("old", "new"))
+    for server in (new, old):  # which answers what it has got, as at a reload
+        assert server.send(build())[0] == 200
+    assert read(database, "SELECT template_id FROM kyc_templates") == [("itmpl_new",)]
 
 
 def test_name_that_persona_does_not_send_is_a_warning_with_the_nearest(serve, tmp_path):

@@ -10,7 +10,7 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / "commands").glob("*.py"))]
 SQL = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|PRAGMA|BEGIN|CREATE|ATTACH|VACUUM)\b")
 NAMES = {  # that may stand in a statement: tables and columns that the source itself names, numbers
     *("table", "key", "view", "names", "values", "into", "identity", "sets", "old", "new"),
-    *("mode", "int(BUSY_SECONDS * 1000)"),
+    *("mode", "int(BUSY_SECONDS * 1000)", "SCHEMA"),
 }
 ADDED = {"BEGIN IMMEDIATE;", "SCHEMA.read_text()", "COMMIT;"}
 

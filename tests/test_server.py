@@ -1,12 +1,13 @@
 """The real server: kinds of workers, concurrency, signals, kills and overload.
 
-LONG=1 runs 100 rounds of SIGKILL instead of 10, and 30 seconds of overload instead of 3.
+LONG=1 runs 100 rounds of SIGKILL instead of 8, and 30 seconds of overload instead of 3.
 """
 
 import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import statistics
@@ -17,7 +18,7 @@ import time
 import pytest
 from conftest import LONG, Load, assert_kept, build, children, locked_file, wait_until
 
-ROUNDS = 100 if LONG else 10
+ROUNDS = 100 if LONG else 8
 OVERLOAD_SECONDS = 30 if LONG else 3
 KINDS = {
     "as the Procfile says": (),
@@ -79,12 +80,13 @@ def test_reload_under_load_refuses_and_loses_nothing(serve, database, workers):
     assert_kept(database, load.accepted)
 
 
-def test_stop_under_load_loses_nothing(serve, database):
+def test_stop_under_load_loses_nothing_and_leaves_one_whole_file(serve, database, tmp_path):
     server = serve("--workers", "2")
     with Load(server.port, clients=8) as load:
         wait_until(lambda: len(load.accepted) >= 100)
         assert server.stop() == 0
     assert not {status for status in load.answers if isinstance(status, int)} - {200}
+    assert_kept(shutil.copy(database, tmp_path / "copy.db"), load.accepted)
     serve()
     assert_kept(database, load.accepted)
 

@@ -14,9 +14,14 @@ import app as kyc
 
 
 @pytest.mark.parametrize(
-    "environ", [{}, {"PERSONA_WEBHOOK_SECRET": ""}, {"PERSONA_WEBHOOK_SECRET": " , "}]
+    ("environ", "option"),
+    [
+        ({}, ()),
+        ({}, ("--preload",)),
+        ({"PERSONA_WEBHOOK_SECRET": ""}, ()),
+        ({"PERSONA_WEBHOOK_SECRET": " , "}, ()),
+    ],
 )
-@pytest.mark.parametrize("option", [(), ("--preload",)])
 def test_no_secret_no_start(refusal, environ, option, tmp_path):
     environ |= {"KYC_DATABASE": str(tmp_path / "kyc.db")}
     words = refusal(environ, "-m", "gunicorn", "app:app", "--bind", "127.0.0.1:0", *option)
@@ -53,8 +58,10 @@ def test_refusal_is_one_line_of_a_real_start(refusal):
     assert lines == [f"app.py: PERSONA_SIGNATURE_TOLERANCE {number}"]
 
 
-@pytest.mark.parametrize("variable", ["PORT", "WEB_CONCURRENCY"])
-@pytest.mark.parametrize("value", ["0", "many", "99999", ""])
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("PORT", "0"), ("PORT", "99999"), ("WEB_CONCURRENCY", "many"), ("WEB_CONCURRENCY", "")],
+)
 def test_trial_refuses_a_senseless_port_or_number_of_workers(refusal, variable, value, tmp_path):
     words = refusal({variable: value, "KYC_DATABASE": str(tmp_path / "kyc.db")}, "app.py")
     assert words.startswith(f"app.py: {variable} must be")
