@@ -78,6 +78,9 @@ def backfill(since: str | None, names: tuple[str, ...], no_handlers: bool, dry_r
         fetch(Persona(), tally)
         if not no_handlers:
             run_handlers(tally)
+        if not dry_run:  # what redactions have removed goes from the WAL, too
+            with contextlib.closing(cli.open_database()) as db, cli.turn():
+                kyc.checkpoint(db, "TRUNCATE")
     finally:
         if tally.fetched:
             report(tally)
