@@ -766,6 +766,7 @@ class Journal:
             except BaseException:
                 db.close()
                 raise
+            lock_path(self.path).write_text(json.dumps(self.files))
             self.db, self.prepared = db, database
             self.rebuilding = rebuild(db, only_if_due=True)
         return self.db
@@ -808,8 +809,10 @@ class Journal:
     def close(self) -> None:
         """Drop the connection, whatever state it is in."""
         if self.db:
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(sqlite3.Error, OSError):
                 self.db.close()
+                if identify(self.path)[1] is None:  # SQLite removes it when the last one closes
+                    lock_path(self.path).write_text("")
         self.db = self.rebuilding = None
 
 
@@ -1281,6 +1284,7 @@ def connect(path: Path, *, readonly: bool = False) -> Connection:
 
     Raises DatabaseError when there is none, or it is of another version.
     """
+    require_own_wal(path)
     address = f"{path.as_uri()}?mode={'ro' if readonly else 'rw'}"
     options = {"uri": True, "isolation_level": None, "check_same_thread": False}
     try:
@@ -1302,6 +1306,19 @@ def connect(path: Path, *, readonly: bool = False) -> Connection:
         age = "a newer release" if version > SCHEMA_VERSION else "a release before 1.0"
         raise UnusableError(f"the file was made by {age} of this service")
     return db
+
+
+def require_own_wal(path: Path) -> None:
+    """Raise DatabaseError when the WAL beside a database is known to be that of another one.
+
+    SQLite would apply it to this one, and damage it. The journal notes in the lock file which
+    files it has open.
+    """
+    database, wal, _ = identify(path)
+    with contextlib.suppress(OSError, ValueError):  # nothing is noted
+        noted = json.loads(lock_path(path).read_text())
+        if wal and list(wal) == noted[1] and list(database or ()) != noted[0]:
+            raise DatabaseError("its WAL is that of the database that was here before: remove it")
 
 
 def prepare_database(config: Config) -> bool:
@@ -1374,6 +1391,11 @@ def write_rules(db: Connection, templates: tuple[str, ...]) -> None:
         )
         db.executemany("INSERT INTO kyc_templates VALUES (?)", [(name,) for name in templates])
         db.execute("INSERT INTO rules_in_force VALUES (?, 0, ?)", (rules, str(time.time_ns())))
+
+
+def lock_path(path: Path) -> Path:
+    """Return the path of the file whose lock is the turn to write."""
+    return path.with_name(path.name + ".lock")
 
 
 def wal_paths(path: Path) -> list[Path]:

@@ -1178,12 +1178,14 @@ def test_check_names_a_secret_that_signed_nothing(send, shell, check):
     send("inquiry.approved")
     run = shell(PERSONA_WEBHOOK_SECRET=f"{SECRET} wbhsec_the_next_one_0123")
     (words,) = notes(check(runner=run))
-    assert words.endswith(" has signed no recent event; take it out if it was replaced")
+    assert words.endswith(" has signed no recent event")
     assert "wbhsec" not in run("check").output
 
 
 def test_check_names_a_missing_database(shell, check):
-    assert_wrong(check(runner=shell()), "there is no such file; start the service, which makes it")
+    assert_wrong(
+        check(runner=shell()), "there is no such file; start the service, bring the file back"
+    )
 
 
 def test_check_names_a_database_that_was_taken_away(app, check, database):

@@ -157,7 +157,7 @@ def test_pages_that_a_failed_sync_has_lost_are_copied_again(sync, database):
 
 
 def test_lock_held_by_a_stranger_postpones_events_in_time_until_it_is_released(locked_servers):
-    with locked_servers(clients=64, workers="2") as (servers, loads, lock):  # more than threads
+    with locked_servers(clients=40, workers="1") as (servers, loads, lock):  # more than threads
         with lock:
             wait_until(lambda: all(load.answers[503] >= 100 for load in loads), seconds=30)
             for server in servers:
