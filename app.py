@@ -1045,8 +1045,9 @@ def rebuild(db: Connection, only_if_due: bool = False) -> Iterator[list[Change]]
     ends as soon as another process has done it, or the rules are changed again.
     """
     (since,) = db.execute("SELECT since FROM rules_in_force").fetchone()
+    people_only = only_if_due and since.startswith("people")  # as other templates concern no others
     for rows, query in NEXT_KEYS.items():
-        ids = [""]
+        ids = [""] if rows == "people" or not people_only else []
         while ids:
             with transaction(db):
                 if only_if_due and not db.execute(IS_REBUILD_DUE, (since,)).fetchone():
@@ -1375,8 +1376,11 @@ def write_rules(db: Connection, templates: tuple[str, ...]) -> None:
     The projections are then to be made anew: see `rebuild`.
     """
     rules = json.dumps([sorted(STATUS_RULES), sorted(HOLD_RULES), templates])
-    if db.execute("SELECT 1 FROM rules_in_force WHERE rules = ?", (rules,)).fetchone():
+    before, made = db.execute("SELECT rules, projected FROM rules_in_force").fetchone() or ("[]", 0)
+    if before == rules:
         return
+    people_only = made and json.loads(before)[:2] == json.loads(rules)[:2]  # other templates
+    since = f"{'people ' if people_only else ''}{time.time_ns()}"
     with transaction(db):
         db.execute("DELETE FROM status_rules WHERE own = 1")
         db.execute("DELETE FROM hold_rules WHERE own = 1")
@@ -1390,7 +1394,7 @@ def write_rules(db: Connection, templates: tuple[str, ...]) -> None:
             "INSERT INTO hold_rules VALUES (?, ?, ?, 1, 1) ON CONFLICT DO NOTHING", holds
         )
         db.executemany("INSERT INTO kyc_templates VALUES (?)", [(name,) for name in templates])
-        db.execute("INSERT INTO rules_in_force VALUES (?, 0, ?)", (rules, str(time.time_ns())))
+        db.execute("INSERT INTO rules_in_force VALUES (?, 0, ?)", (rules, since))
 
 
 def lock_path(path: Path) -> Path:
