@@ -728,6 +728,8 @@ class Journal:
         long = self.wal_bytes > MAX_WAL
         if not (long or self.rebuilding or time.monotonic() > self.looked_at + 1.0):
             return
+        busy_since = self.busy_since
+        self.busy_since = busy_since or time.monotonic()  # the turn may be long in coming
         try:
             with turn(self.path):
                 if self.db and not self.check_files():
@@ -744,7 +746,7 @@ class Journal:
             log.error("the database cannot be looked after: %s", reason(error))
             self.close()
         self.looked_at = time.monotonic()
-        self.busy_since = None if resting else self.busy_since
+        self.busy_since = None if resting else busy_since
 
     def open(self) -> Connection:
         """Return the connection; open it anew after a failure, or when the file is another one.
