@@ -524,6 +524,7 @@ ANSWER_SECONDS = 4.0  # Persona waits five
 LEAST_SECONDS = 0.2  # to wait while no commit succeeds; then requests queue in gunicorn, too
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 MAX_WAL = 16 * 1024 * 1024  # bytes; a longer WAL is copied into the database
+KEEP_SECONDS = 60.0  # how long the bytes of a removed body may stay in the WAL
 EVENT_BYTES = 40_000  # that an event adds to the WAL beside its body: about ten pages
 
 INSERT_EVENT = """
@@ -536,10 +537,6 @@ READ_EVENTS = """
     SELECT rowid, state, event_id, name, created_at, object_type, object_id,
         object_status, inquiry_id, account_id, reference_id, template_id
     FROM events WHERE event_id IN (:keys) ORDER BY rowid
-"""
-NOTE_REMOVAL = """
-    CREATE TEMP TRIGGER note_removal AFTER UPDATE OF body ON main.events
-    WHEN OLD.body IS NOT NULL AND NEW.body IS NULL BEGIN SELECT note_removal(); END
 """
 INSERT_MENTION = """
     INSERT INTO mentions (id, position) SELECT ?, rowid FROM events WHERE event_id = ?
@@ -614,10 +611,9 @@ class Journal:
         self.db: Connection | None = None
         self.files: list[Any] = []  # which files are open: the database, its WAL, the WAL's index
         self.wal_bytes = 0  # about, that commits have added since it was last copied
-        self.wal_holds_removed = True  # bodies, perhaps; at the start those of a killed process
         self.rebuilding: Iterator[Any] | None = None
         self.busy_since: float | None = None  # begin of the present spell without a commit
-        self.looked_at = self.probed_at = self.commit_seconds = 0.0
+        self.looked_at = self.emptied_at = self.probed_at = self.commit_seconds = 0.0
         self.probed = ""  # why the last probe failed
         self.commits = 0
         self.stopping = False
@@ -681,25 +677,16 @@ class Journal:
                 with contextlib.suppress(queue.Empty):
                     while len(batch) < MAX_WAITING:
                         batch.append(self.line.get_nowait())
-                self.settle(batch)
-        except OSError as error:  # of the lock files
-            fail(batch, error)
+                self.commit(batch)
+        except BaseException as error:  # catch-all: the batch fails, the thread survives
+            if not isinstance(error, FileGoneError):
+                self.close()
+            for delivery in [one for one in batch if one.outcome is None]:
+                delivery.error = describe_error(error)
         finally:
             for delivery in batch:
                 delivery.done.release()
         log_deliveries(batch)
-
-    def settle(self, batch: list[Delivery]) -> None:
-        """Commit `batch`; if an event is to blame for a failure, each event by itself."""
-        try:
-            self.commit(batch)
-        except BaseException as error:  # catch-all: the batch fails, the thread survives
-            if not isinstance(error, FileGoneError):
-                self.close()
-            fail(batch, error)
-            if len(batch) > 1 and not is_obstacle(error):
-                for delivery in [one for one in batch if one.outcome is None]:
-                    self.settle([delivery])
 
     def commit(self, batch: list[Delivery]) -> None:
         """Store `batch` in one transaction, run its handlers in another; set each outcome."""
@@ -722,8 +709,8 @@ class Journal:
     def look_after(self, resting: bool) -> None:
         """Look at the files, go on with a rebuild, and copy the WAL; once a second, or when due.
 
-        At rest, and when it holds removed bodies, the WAL is emptied; otherwise its file is kept,
-        which makes the next commits cheaper.
+        At rest, and after KEEP_SECONDS, the WAL is emptied; otherwise its file is kept, which
+        makes the next commits cheaper.
         """
         long = self.wal_bytes > MAX_WAL
         if not (long or self.rebuilding or time.monotonic() > self.looked_at + 1.0):
@@ -735,15 +722,16 @@ class Journal:
                 if self.db and not self.check_files():
                     if self.rebuilding and next(self.rebuilding, None) is None:
                         self.rebuilding = None
-                    if resting or self.wal_holds_removed:
-                        self.wal_holds_removed &= not checkpoint(self.db, "TRUNCATE")
+                    if resting or time.monotonic() > self.emptied_at + KEEP_SECONDS:
+                        if checkpoint(self.db, "TRUNCATE"):
+                            self.emptied_at = time.monotonic()
                     elif long:
                         checkpoint(self.db, "RESTART")
                     self.wal_bytes = 0 if long or resting else self.wal_bytes
         except FileGoneError:
             pass  # the next delivery gets this error
         except Exception as error:  # the thread survives; the next delivery opens anew
-            log.error("the database cannot be looked after: %s", reason(error))
+            log.error("the database cannot be looked after: %s", describe_error(error))
             self.close()
         self.looked_at = time.monotonic()
         self.busy_since = None if resting else busy_since
@@ -758,8 +746,6 @@ class Journal:
             database, db = identify(self.path)[0], connect(self.path)
             try:
                 prepare(db, None if database == self.prepared else self.config)
-                db.create_function("note_removal", 0, self.note_removal)
-                db.execute(NOTE_REMOVAL)
                 if db.execute("PRAGMA wal_checkpoint").fetchone()[0]:  # as far as readers allow
                     raise DatabaseError("another program is checkpointing the database")
                 self.files = identify(self.path)
@@ -772,10 +758,6 @@ class Journal:
             self.db, self.prepared = db, database
             self.rebuilding = rebuild(db, only_if_due=True)
         return self.db
-
-    def note_removal(self) -> None:
-        """Note that a body was removed, so that the WAL is emptied; called by a trigger."""
-        self.wal_holds_removed = True
 
     def check_files(self) -> bool:
         """Tell whether another database is at the path; then the connection is dropped.
@@ -867,18 +849,11 @@ def select(db: Connection, query: str, keys: Iterable[str]) -> list[sqlite3.Row]
     return db.execute(query, keys * times).fetchall()
 
 
-def fail(batch: list[Delivery], error: BaseException) -> None:
-    """Note why those in `batch` that have no outcome could not be served."""
-    for delivery in batch:
-        if delivery.outcome is None:
-            delivery.error = reason(error)
-
-
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Say what was wrong with the database; of any other error only its kind."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return str(error) if is_obstacle(error) else type(error).__name__
+    return str(error) if isinstance(error, sqlite3.Error | DatabaseError) else type(error).__name__
 
 
 def log_deliveries(batch: list[Delivery]) -> None:
@@ -1082,14 +1057,14 @@ READ_KNOWN = """
     FROM events WHERE event_id = ?
 """
 SET_STATE = """
-    UPDATE events SET state = :state, error = CASE WHEN redacted_at IS NULL THEN :error
-        ELSE substr(:error, 1, instr(:error || ':', ':') - 1) END  -- the kind, not the message
-    WHERE event_id = :event_id
+    UPDATE events SET state = ?1, error = CASE WHEN redacted_at IS NULL THEN ?2
+        ELSE substr(?2, 1, instr(?2 || ':', ':') - 1) END  -- the kind, not the message
+    WHERE event_id = ?3
 """
 
 
-class TransactionLostError(Exception):
-    """A handler undid the whole transaction or keeps it open, its neighbours' events included."""
+class HandlerError(Exception):
+    """A handler raised; the cause says what."""
 
 
 def on(*names: str) -> Callable[[Handler], Handler]:
@@ -1147,87 +1122,60 @@ def load_handlers() -> None:
         raise ConfigError(f"handlers.py: {explain_error(error)[0]}") from None
 
 
-def dispatch(db: Connection, deliveries: list[Delivery]) -> None:
-    """Run the handlers of stored events in one transaction; set each outcome.
-
-    Each event's handlers do all or nothing. If one of them breaks the transaction, the events
-    are dispatched one by one, and its own is marked as failed.
-    """
-    try:
-        with transaction(db) if deliveries else contextlib.nullcontext():
-            results = [run_handlers(db, delivery.event) for delivery in deliveries]
-    except Exception as error:
-        if is_obstacle(error):
-            raise
-        if len(deliveries) > 1:
-            for delivery in deliveries:
-                dispatch(db, [delivery])
-            return
-        with transaction(db):
-            results = [set_state(db, deliveries[0].event, error)]
-    for delivery, (outcome, error) in zip(deliveries, results, strict=True):
-        delivery.outcome, delivery.error = outcome, error
+def dispatch(db: Connection, deliveries: Iterable[Delivery]) -> None:
+    """Run the handlers of stored events, each event's in a transaction of its own."""
+    for delivery in deliveries:
+        delivery.outcome, delivery.error = run_handlers(db, delivery.event)
 
 
 def run_handlers(db: Connection, event: Event) -> tuple[str, str | None]:
     """Run an event's handlers, unless they have; return the outcome, and the error for the log."""
-    state, *known = db.execute(READ_KNOWN, (event.event_id,)).fetchone()
-    if state == "processed":
-        return DUPLICATE, None
-    event = Event(*event[:5], *known, event.payload)  # another copy may have named more IDs
-    fault: BaseException | None = None
-    db.execute("SAVEPOINT handlers")
+    try:
+        with transaction(db):
+            state, *known = db.execute(READ_KNOWN, (event.event_id,)).fetchone()
+            if state == "processed":
+                return DUPLICATE, None
+            # Another copy of the event may have named more IDs.
+            call_handlers(db, Event(*event[:5], *known, event.payload))
+            db.execute(SET_STATE, ("processed", None, event.event_id))
+        return STORED, None
+    except HandlerError as error:
+        kept, logged = explain_error(error.__cause__)
+        with transaction(db):
+            db.execute(SET_STATE, ("failed", kept, event.event_id))
+        return FAILED, logged
+
+
+def call_handlers(db: Connection, event: Event) -> None:
+    """Call an event's handlers; warn when one is slow, raise HandlerError when one raises."""
     try:
         db.set_authorizer(functools.partial(protect_transaction, db))
         for handler in HANDLERS.get(event.name, ()):
-            call_handler(handler, db, event)
-    except BaseException as error:  # even sys.exit() in a handler fails its event alone
-        if threading.current_thread() is threading.main_thread() and isinstance(
-            error, KeyboardInterrupt
-        ):
-            raise  # of who runs `flask replay`
-        fault = error
+            RUNNING[:] = [getattr(handler, "__qualname__", repr(handler))]
+            began = time.perf_counter()
+            handler(db, event)
+            seconds = time.perf_counter() - began
+            if seconds > SLOW_SECONDS:
+                log.warning("slow handler=%s seconds=%.1f", quote(RUNNING[0]), seconds)
+        if not db.in_transaction:  # by INSERT OR ROLLBACK
+            raise sqlite3.OperationalError("the handler has undone its transaction")
+    except KeyboardInterrupt:  # of who runs `flask replay`
+        raise
+    except BaseException as error:  # even sys.exit() fails its event alone
+        raise HandlerError from error
     finally:
         RUNNING.clear()
         db.set_authorizer(None)
         db.row_factory, db.text_factory = sqlite3.Row, str
-    try:
-        if fault:
-            db.execute("ROLLBACK TO handlers")
-        db.execute("RELEASE handlers")
-    except sqlite3.OperationalError as error:  # INSERT OR ROLLBACK, a statement left open
-        raise TransactionLostError(str(error)) from fault
-    return set_state(db, event, fault)
 
 
-def call_handler(handler: Handler, db: Connection, event: Event) -> None:
-    """Call a handler; warn when it is slow."""
-    RUNNING[:] = [getattr(handler, "__qualname__", repr(handler))]
-    began = time.perf_counter()
-    handler(db, event)
-    seconds = time.perf_counter() - began
-    if seconds > SLOW_SECONDS:
-        log.warning("slow handler=%s seconds=%.1f", quote(RUNNING[0]), seconds)
-
-
-def protect_transaction(
-    db: Connection, action: int, _: str | None, name: str | None, *__: Any
-) -> int:
-    """Refuse what would end a handler's transaction or savepoint, and all after it was ended.
+def protect_transaction(db: Connection, action: int, *_: Any) -> int:
+    """Refuse what would end a handler's transaction, and all after it was ended.
 
     SQLite asks when it prepares a statement.
     """
     ends = action == sqlite3.SQLITE_TRANSACTION
-    ends |= action == sqlite3.SQLITE_SAVEPOINT and name.lower() == "handlers"
     return sqlite3.SQLITE_DENY if ends or not db.in_transaction else sqlite3.SQLITE_OK
-
-
-def set_state(db: Connection, event: Event, fault: BaseException | None) -> tuple[str, str | None]:
-    """Note that an event was processed, or why not; return the outcome, and what to log."""
-    kept, logged = explain_error(fault) if fault else (None, None)
-    state = "failed" if fault else "processed"
-    db.execute(SET_STATE, {"state": state, "error": kept, "event_id": event.event_id})
-    return (FAILED if fault else STORED), logged
 
 
 def explain_error(error: BaseException) -> tuple[str, str]:
@@ -1236,8 +1184,6 @@ def explain_error(error: BaseException) -> tuple[str, str]:
     The first begins with the kind, for a redaction cuts it there; the second has no message,
     which may quote personal data.
     """
-    if isinstance(error, TransactionLostError) and error.__cause__:
-        error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == str(HERE / "handlers.py")]
     place = f" (handlers.py:{own[-1].lineno} {own[-1].name})" if own else ""
@@ -1273,13 +1219,6 @@ class UnusableError(DatabaseError):
 
 class FileGoneError(DatabaseError):
     """A file that is open was taken away, and may come back."""
-
-
-def is_obstacle(error: BaseException) -> bool:
-    """Tell whether the disk, the file or another process is to blame, and no event."""
-    if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_ERROR  # in the SQL
-    return isinstance(error, OSError | DatabaseError)
 
 
 def connect(path: Path, *, readonly: bool = False) -> Connection:
@@ -1350,7 +1289,7 @@ def prepare_database(config: Config) -> bool:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UnusableError(error.strerror) from None
     except (OSError, sqlite3.Error) as error:
-        raise DatabaseError(reason(error)) from None
+        raise DatabaseError(describe_error(error)) from None
 
 
 def prepare(db: Connection, config: Config | None) -> Connection:

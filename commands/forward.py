@@ -228,7 +228,9 @@ def follow(url: str, secrets: tuple[bytes, ...], stopping: threading.Event, once
             if once or not last:
                 raise
             seconds = LOOK_SECONDS
-            kyc.log.error("forward outcome=unavailable reason=%s", kyc.quote(kyc.reason(error)))
+            kyc.log.error(
+                "forward outcome=unavailable reason=%s", kyc.quote(kyc.describe_error(error))
+            )
         if once and seconds != 0:
             raise click.exceptions.Exit(1 if seconds else 0)
         stopping.wait(LOOK_SECONDS if seconds is None else seconds)

@@ -54,7 +54,7 @@ def backup(path: Path) -> None:
             words = f"there is {error.filename}, of a backup that runs or was killed"
             raise click.ClickException(f"{path}: {words}") from None
         except (sqlite3.Error, OSError) as error:
-            raise click.ClickException(f"{path}: {kyc.reason(error)}") from None
+            raise click.ClickException(f"{path}: {kyc.describe_error(error)}") from None
     click.echo(f"{path}: {path.stat().st_size:,} bytes, checked")
 
 

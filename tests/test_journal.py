@@ -94,13 +94,15 @@ def test_another_copy_adds_an_id_but_changes_none(send, db):
     assert [row[0] for row in db.execute("SELECT reference_id FROM kyc_status")] == ["user-1"]
 
 
-def test_event_that_the_database_refuses_fails_alone(send, db, database):
+def test_event_that_the_database_refuses_is_stored_by_nobody(send, db, database):
     db.execute("""
         CREATE TRIGGER refuse BEFORE INSERT ON events WHEN NEW.event_id = 'evt_2'
         BEGIN SELECT RAISE(ABORT, 'no'); END
     """)
-    answers = send_together(send, database, [build(event_id=f"evt_{n}") for n in range(4)])
-    assert [answer.status_code for answer in answers] == [200, 200, 503, 200]
+    bodies = [build(event_id=f"evt_{n}") for n in range(4)]
+    assert {answer.status_code for answer in send_together(send, database, bodies)} == {503}
+    assert stored(database) == []
+    assert [send(body).status_code for body in bodies] == [200, 200, 503, 200]
     assert sorted(stored(database)) == ["evt_0", "evt_1", "evt_3"]
 
 
