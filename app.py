@@ -1075,7 +1075,7 @@ def on(*names: str) -> Callable[[Handler], Handler]:
     undone, the event is kept as failed, and Persona's redelivery or `flask replay` runs them
     again. It must be quick and touch only the database, in tables of its own.
     """
-    if not names or not all(isinstance(name, str) for name in names):
+    if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError('@on takes the names of events: @on("inquiry.approved")')
 
     def register(handler: Handler) -> Handler:
@@ -1083,6 +1083,8 @@ def on(*names: str) -> Callable[[Handler], Handler]:
             inspect.signature(handler).bind(None, None)
         except TypeError:
             raise ConfigError(f"{handler.__name__} must take two arguments: db, event") from None
+        if inspect.iscoroutinefunction(handler) or inspect.isgeneratorfunction(handler):
+            raise ConfigError(f"{handler.__name__} must be a plain function: nothing would run it")
         for name in names:
             HANDLERS.setdefault(name, []).append(handler)
         return handler
@@ -1107,7 +1109,7 @@ def hold_rule(name: str, object_status: str | None = None) -> None:
 def require_name(name: str) -> None:
     """Raise ConfigError unless `name` looks like that of an event."""
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9/-]+\.[a-z0-9-]+", name):
-        raise ConfigError(f"handlers.py: {name!r} is not the name of an event")
+        raise ConfigError(f"{name!r} is not the name of an event")
 
 
 def load_handlers() -> None:
@@ -1118,7 +1120,7 @@ def load_handlers() -> None:
         importlib.import_module("handlers")
     except SyntaxError as error:
         raise ConfigError(f"handlers.py:{error.lineno}: {error.msg}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"handlers.py: {explain_error(error)[0]}") from None
 
 
