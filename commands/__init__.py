@@ -14,6 +14,7 @@ import re
 import shutil
 import sqlite3
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ import app as kyc
 from commands.names import doubt_name
 
 MODULES = ("trigger", "status", "mend", "hold", "remove", "keep")
-MODULES += ("backfill", "reconcile", "forward", "export")
+MODULES += ("restore", "backfill", "reconcile", "forward", "export")
 COMMANDS: list[click.Command] = []
 
 
@@ -205,6 +206,7 @@ COLOURS = {
 }
 IDS = {"INQUIRY", "TEMPLATE", "PERSON", "EVENT ID"}  # columns that are cut first
 NARROW = 8  # characters; no column is cut below
+SHOWN = 20  # people whose change is printed
 
 
 class Table:
@@ -258,6 +260,27 @@ def printable(value: Any) -> str:
 def plural(number: int, one: str, many: str = "") -> str:
     """Return a number and its noun."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def show_counts(counts: Counter[str]) -> str:
+    """Return how many there are of each name, the most first, to stand behind a total."""
+    counted = [f"{number:,} {name}" for name, number in counts.most_common() if number]
+    return printable(f": {', '.join(counted)}") if counted else ""
+
+
+def standing(row: sqlite3.Row | None) -> str:
+    """Say where a row of kyc_status puts a person."""
+    return row["status"] + (", held" if row["hold"] else "") if row else "unknown"
+
+
+def show_changes(changes: dict[str, list[str]]) -> None:
+    """Print how many people stand elsewhere now, and some of them: before and after, by person."""
+    changed = sorted(person for person, (old, new) in changes.items() if old != new)
+    click.echo(f"{plural(len(changed), 'person', 'people')} changed")
+    for person in changed[:SHOWN]:
+        click.echo(printable(f"  {person}: {' -> '.join(changes[person])}"))
+    if len(changed) > SHOWN:
+        click.echo(f"  and {len(changed) - SHOWN:,} more")
 
 
 def show_time(time: str) -> str:

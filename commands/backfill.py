@@ -16,7 +16,6 @@ import app as kyc
 import commands as cli
 from commands.persona import Persona
 
-SHOWN = 20  # people whose change is printed
 ALL = "all that Persona keeps"
 AT_ONCE = 10  # events whose handlers run in one turn: deliveries wait meanwhile
 
@@ -156,7 +155,7 @@ def store(db: sqlite3.Connection, deliveries: list[kyc.Delivery], tally: Tally) 
         after = read_standings(db, events)
         bodiless = {row[0] for row in kyc.select(db, BODILESS, [one.event_id for one in events])}
     for person in before | after:
-        old, new = before.get(person, "unknown"), after.get(person, "unknown")
+        old, new = (rows.get(person, cli.standing(None)) for rows in (before, after))
         if old != new:
             tally.changes.setdefault(person, [old, new])[1] = new
     tally.waiting += [
@@ -173,7 +172,7 @@ def read_standings(db: sqlite3.Connection, events: list[kyc.Event]) -> dict[str,
         keys = {"inquiry": one.inquiry_id, "account": one.account_id, "reference": one.reference_id}
         people |= {row[0] for row in db.execute(kyc.FIND_PEOPLE, keys) if row[0]}
     rows = kyc.select(db, STANDINGS, people)
-    return {person: status + (", held" if hold else "") for person, status, hold in rows}
+    return {row["reference_id"]: cli.standing(row) for row in rows}
 
 
 def run_handlers(tally: Tally) -> None:
@@ -214,31 +213,19 @@ def report(tally: Tally) -> None:
         click.echo(err=True)
     fetched = cli.plural(tally.fetched, "event")
     click.echo(f"{fetched} fetched, back to {cli.show_time(tally.oldest)} UTC: {tally.end}")
-    click.echo(
-        f"  {tally.new.total():,} {'missing' if tally.dry_run else 'new'}{by_name(tally.new)}"
-    )
+    word = "missing" if tally.dry_run else "new"
+    click.echo(f"  {tally.new.total():,} {word}{cli.show_counts(tally.new)}")
     click.echo(f"  {tally.known:,} already there")
-    click.echo(f"  {tally.passed_over.total():,} passed over{by_name(tally.passed_over)}")
+    click.echo(f"  {tally.passed_over.total():,} passed over{cli.show_counts(tally.passed_over)}")
     if not tally.dry_run:
         report_effects(tally)
     if tally.end == ALL and tally.oldest > tally.since > "":
         click.echo("Persona has no older events; for what was missed before them: flask reconcile")
 
 
-def by_name(counts: Counter[str]) -> str:
-    """Return how many there are of each name, the most first."""
-    counted = [f"{number:,} {name}" for name, number in counts.most_common() if number]
-    return cli.printable(f": {', '.join(counted)}") if counted else ""
-
-
 def report_effects(tally: Tally) -> None:
     """Say whose standing changed, and what the handlers did."""
-    changes = sorted((person, *both) for person, both in tally.changes.items() if len({*both}) == 2)
-    click.echo(f"{cli.plural(len(changes), 'person', 'people')} changed")
-    for person, old, new in changes[:SHOWN]:
-        click.echo(cli.printable(f"  {person}: {old} -> {new}"))
-    if len(changes) > SHOWN:
-        click.echo(f"  and {len(changes) - SHOWN:,} more")
+    cli.show_changes(tally.changes)
     if ran := tally.handled.total():
         failed = tally.handled[kyc.FAILED]
         click.echo(f"handlers ran for {cli.plural(ran, 'event')}, {failed} failed")

@@ -126,8 +126,6 @@ def dismiss_events(db: sqlite3.Connection, event_ids: tuple[str, ...], words: st
 
 # flask rebuild
 
-SHOWN = 20  # people whose change is printed
-
 
 @cli.command
 def rebuild() -> None:
@@ -143,11 +141,12 @@ def rebuild() -> None:
         with cli.progress(take_steps(db), label="Computing") as bar:
             for old, new in (change for changes in bar for change in changes):
                 changed += 1
-                if changed <= SHOWN:
+                if changed <= cli.SHOWN:
                     person = (old or new)["reference_id"]
-                    click.echo(cli.printable(f"{person}: {standing(old)} -> {standing(new)}"))
-    if changed > SHOWN:
-        click.echo(f"and {changed - SHOWN:,} more")
+                    both = f"{cli.standing(old)} -> {cli.standing(new)}"
+                    click.echo(cli.printable(f"{person}: {both}"))
+    if changed > cli.SHOWN:
+        click.echo(f"and {changed - cli.SHOWN:,} more")
     people = cli.plural(changed, "person", "people")
     click.echo(f"{cli.plural(total, 'event')}, {people} changed")
 
@@ -161,8 +160,3 @@ def take_steps(db: sqlite3.Connection) -> Iterator[list[kyc.Change]]:
         if changes is None:
             return
         yield changes
-
-
-def standing(row: sqlite3.Row | None) -> str:
-    """Say where a row of kyc_status puts a person."""
-    return row["status"] + (", held" if row["hold"] else "") if row else "(no row)"

@@ -33,6 +33,7 @@ COMMANDS = {  # with arguments with which they open the database
     "redact": ["user-1", "--yes"],
     "prune": ["--older-than", "0s", "--yes"],
     "backup": ["copy.db"],
+    "restore": ["old.db"],
     "hold": ["user-1", "--reason", "r", "--yes"],
     "release": ["user-1", "--reason", "r"],
 }
@@ -801,7 +802,7 @@ def test_rebuild_mends_what_was_wrecked(send, run, database):
     output = run("rebuild")
     assert projection(database) == before
     assert "user-0: declined -> approved\n" in output
-    assert "user-5: (no row) -> approved\n" in output
+    assert "user-5: unknown -> approved\n" in output
     assert run("rebuild") == "31 events, 0 people changed\n"
 
 

@@ -269,7 +269,7 @@ def messages():
     """Yield the messages that the tables of docs/operate.md list."""
     for title, column in (
         *(("401", 0), ("503", 0), ("It does not start", 0)),
-        *(("After an outage", 0), ("A person's data must be erased", 0)),
+        *(("After an outage", 0), ("A person's data must be erased", 0), ("Restore", 0)),
     ):
         for row in rows(section(OPERATE, title)):
             yield from (one for one in re.findall(r"`([^`]+)`", row[column]) if " " in one)
@@ -521,33 +521,56 @@ def test_backfill_and_reconcile_look_as_operate_shows(missed, handlers, send, ru
         assert words(printed) == words(expected)
 
 
-def test_what_is_in_the_old_file_is_brought_back(create, runner, send, database, tmp_path, flask):
-    send("inquiry.approved", reference_id="user-1")
-    aside = tmp_path / "aside.db"
-    copy = tmp_path / "monday.db"
-    conftest.back_up(database, copy)
-    send("inquiry.declined", reference_id="user-2", inquiry_id="inq_2")
-    send("case.created", reference_id="user-2", object_id="case_1", account_id="act_1")
-    runner("redact", "user-1", "--yes", "--reason", "asked")
-    conftest.back_up(database, aside)
-    script = block(OPERATE, "sh", "ATTACH").split("<<'SQL'\n")[1].split("\nSQL\n")[0]
-    with contextlib.closing(kyc.connect(copy)) as db:
-        db.executescript(script.replace("/var/lib/kyc/aside/kyc.db", str(aside)))
-    restored = {"KYC_DATABASE": str(copy)}
-    flask("rebuild", **restored)
-    flask("replay", **restored)
-    tables = {
-        "events": "event_id, state, body, redacted_at",
-        "kyc_status": "reference_id, status, event_id",
-        "redactions": "*",
-        "failed_events": "*",
-    }
-    with contextlib.closing(kyc.connect(copy)) as db, contextlib.closing(kyc.connect(aside)) as old:
-        for table, columns in tables.items():
-            query = f"SELECT {columns} FROM {table} ORDER BY 1"  # noqa: S608
-            assert [tuple(row) for row in db.execute(query)] == [
-                tuple(row) for row in old.execute(query)
-            ]
+def test_restore_prints_what_operate_shows(create, handlers, tmp_path):
+    old, new = tmp_path / "old.db", tmp_path / "kyc.db"
+
+    @kyc.on("inquiry.approved")
+    def open_account(db, event):
+        if event.reference_id == "user-52":
+            raise KeyError
+
+    def post(app, name, **ids):
+        body = build(name, event_id=f"evt_{name}_{ids.get('reference_id')}", **ids)
+        app.test_client().post("/webhook", data=body, headers=sign(body))
+
+    apps = [create(KYC_DATABASE=str(path)) for path in (old, new)]
+    for app in apps:
+        for step in ("created", "started", "completed"):
+            ids = {"inquiry_id": "inq_42", "reference_id": "user-42"}
+            post(app, f"inquiry.{step}", created_at="2026-11-20", **ids)
+    for person, step in (("50", "approved"), ("51", "declined"), ("52", "approved")):
+        post(apps[0], f"inquiry.{step}", inquiry_id=f"inq_{person}", reference_id=f"user-{person}")
+    post(apps[0], "report/watchlist.matched", inquiry_id="inq_50")
+    order = ("redact", "user-42", "--yes", "--reason", "request 17")
+    assert apps[0].test_cli_runner().invoke(args=order).exit_code == 0
+    ((command, expected),) = session(OPERATE, "kyc restore")
+    assert shlex.split(command)[:2] == ["kyc", "restore"]
+    result = apps[1].test_cli_runner().invoke(args=["restore", str(old)])
+    assert result.stdout.replace(str(old), shlex.split(command)[2]) == expected.rstrip("`\n") + "\n"
+
+
+def test_what_removes_and_keeps_prints_what_operate_shows(send, runner, tmp_path):
+    def words(output):
+        output = re.sub(r"/\S+/kyc-\d{8}T\d{6}Z\.db", "PATH", output)
+        return re.sub(r"\d[\d,]*", "N", output).strip("`\n")
+
+    def show(containing):
+        ((command, expected),) = session(OPERATE, containing)
+        arguments = shlex.split(command)[1:]
+        arguments = [arguments[0], *(str(tmp_path) if "/" in one else one for one in arguments[1:])]
+        result = runner(*arguments)
+        assert (result.exit_code, words(result.stdout)) == (0, words(expected))
+
+    for step in ("created", "completed", "approved"):
+        ids = {"inquiry_id": "inq_1", "reference_id": "user-42"}
+        send(f"inquiry.{step}", created_at="2026-01-01", **ids)
+        send(f"inquiry.{step}", created_at="2026-01-01", inquiry_id="inq_2", reference_id="user-1")
+    show("kyc backup")
+    show("kyc redact")
+    show("kyc prune")
+    (row,) = [row for row in rows(OPERATE) if "`kyc hold" in row[1]]
+    result = runner(*shlex.split(row[1].strip("`"))[1:])
+    assert result.stdout.splitlines()[0] == row[2].strip("`")
 
 
 def test_receiver_example_takes_what_forward_sends(runner, send, monkeypatch):
