@@ -1206,6 +1206,8 @@ def explain_error(error: BaseException) -> tuple[str, str]:
 
 SCHEMA = HERE / "schema.sql"
 SCHEMA_VERSION = 2
+OLDEST_VERSION = 2  # that of 1.0.0: a journal from then on is brought up to date
+STEPS: dict[int, str] = {}  # version -> what leads to it before schema.sql is applied, in SQL
 PROBE = "PRAGMA application_id = 0"  # a commit that changes nothing
 START_SECONDS = 5.0
 BUSY_SECONDS = 3.0  # how long SQLite waits for a lock that another process holds
@@ -1226,7 +1228,7 @@ class FileGoneError(DatabaseError):
 def connect(path: Path, *, readonly: bool = False) -> Connection:
     """Open the existing database at `path`; rows are read by name.
 
-    Raises DatabaseError when there is none, or it is of another version.
+    Raises DatabaseError when there is none, or its version can neither be used nor migrated.
     """
     require_own_wal(path)
     address = f"{path.as_uri()}?mode={'ro' if readonly else 'rw'}"
@@ -1246,7 +1248,7 @@ def connect(path: Path, *, readonly: bool = False) -> Connection:
         if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
             raise UnusableError(str(error)) from None
         raise DatabaseError(str(error) if path.exists() else "there is no such file") from None
-    if version not in (0, SCHEMA_VERSION):
+    if version and not OLDEST_VERSION <= version <= SCHEMA_VERSION:
         age = "a newer release" if version > SCHEMA_VERSION else "a release before 1.0"
         raise UnusableError(f"the file was made by {age} of this service")
     return db
@@ -1306,11 +1308,23 @@ def prepare(db: Connection, config: Config | None) -> Connection:
         raise UnusableError("the file belongs to another application")
     if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
         raise UnusableError("its disk does not support WAL")
-    if version == 0:
-        db.executescript("BEGIN IMMEDIATE;" + SCHEMA.read_text() + "COMMIT;")
+    if version < SCHEMA_VERSION:
+        migrate(db, version)
     if config:
         write_rules(db, config.templates)
     return db
+
+
+def migrate(db: Connection, version: int) -> None:
+    """Bring the schema of an earlier version, 0 for none, up to date in one transaction.
+
+    Views and triggers are made anew. As the rules may be others, so are the projections, later.
+    """
+    schema = SCHEMA.read_text()
+    made = re.findall(r"^CREATE (VIEW|TRIGGER) IF NOT EXISTS (\w+)", schema, re.M)
+    script = ["BEGIN IMMEDIATE", *(f"DROP {kind} IF EXISTS {name}" for kind, name in made)]
+    script += [STEPS[number] for number in range(version + 1, SCHEMA_VERSION + 1) if version]
+    db.executescript(";\n".join([*script, schema, "COMMIT"]))
 
 
 def write_rules(db: Connection, templates: tuple[str, ...]) -> None:
@@ -1318,11 +1332,11 @@ def write_rules(db: Connection, templates: tuple[str, ...]) -> None:
 
     The projections are then to be made anew: see `rebuild`.
     """
-    rules = json.dumps([sorted(STATUS_RULES), sorted(HOLD_RULES), templates])
+    rules = json.dumps([SCHEMA_VERSION, sorted(STATUS_RULES), sorted(HOLD_RULES), templates])
     before, made = db.execute("SELECT rules, projected FROM rules_in_force").fetchone() or ("[]", 0)
     if before == rules:
         return
-    people_only = made and json.loads(before)[:2] == json.loads(rules)[:2]  # other templates
+    people_only = made and json.loads(before)[:3] == json.loads(rules)[:3]  # other templates
     since = f"{'people ' if people_only else ''}{time.time_ns()}"
     with transaction(db):
         db.execute("DELETE FROM status_rules WHERE own = 1")
@@ -1375,9 +1389,14 @@ def checkpoint(db: Connection, mode: str) -> bool:
 
 @contextlib.contextmanager
 def transaction(db: Connection) -> Iterator[None]:
-    """Run the block as one write transaction: committed and fsynced, or rolled back."""
+    """Run the block as one write transaction: committed and fsynced, or rolled back.
+
+    Raises UnusableError when another release has changed the schema since the file was opened.
+    """
     db.execute("BEGIN IMMEDIATE")
     try:
+        if db.execute("PRAGMA user_version").fetchone()[0] != SCHEMA_VERSION:
+            raise UnusableError("the file was made by another release of this service")
         yield
         db.execute("COMMIT")
     except BaseException:

@@ -139,8 +139,10 @@ def database_path() -> Path:
 def open_database(*, readonly: bool = False) -> sqlite3.Connection:
     """Open the configured database for a command."""
     db = kyc.connect(database_path(), readonly=readonly)
-    if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-        raise kyc.DatabaseError("the file has no journal yet: start the service once")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version != kyc.SCHEMA_VERSION:
+        what = "is of an earlier release" if version else "has no journal yet"
+        raise kyc.DatabaseError(f"the file {what}: start the service once")
     return db
 
 

@@ -12,7 +12,6 @@ NAMES = {  # that may stand in a statement: tables and columns that the source i
     *("table", "key", "view", "names", "values", "into", "identity", "sets", "old", "new"),
     *("mode", "int(BUSY_SECONDS * 1000)", "SCHEMA"),
 }
-ADDED = {"BEGIN IMMEDIATE;", "SCHEMA.read_text()", "COMMIT;"}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
@@ -21,8 +20,7 @@ def test_sql_is_put_together_of_names_in_the_source_alone(source):
         if isinstance(node, ast.JoinedStr) and any(map(is_sql, node.values)):
             inserted = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
             assert {ast.unparse(value) for value in inserted} <= NAMES
-        elif isinstance(node, ast.BinOp) and any(map(is_sql, operands(node))):
-            assert {getattr(one, "value", ast.unparse(one)) for one in operands(node)} <= ADDED
+        assert not (isinstance(node, ast.BinOp) and any(map(is_sql, operands(node))))
 
 
 def is_sql(node):
