@@ -16,9 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clients import TOKEN
 from events import BODY_BYTES, write_requests
 from machine import describe_machine, file_system, watch_others
 from server import BENCH, Server, environment, fail, procfile_flags
@@ -42,15 +44,19 @@ class Case:
     slow: bool = False  # every fsync takes 4 ms more
     filled: bool = False  # the journal has events already
     pinned: bool = True  # one core a worker
+    rate: int = 0  # events a second; 0: as many as it takes
+    readers: bool | None = None  # of the API, the pages and the metrics; None: without a token
 
     def __str__(self) -> str:
         """Return the case in words; --only is matched against them."""
         words = [self.server, f"{self.connections} connection{'s' * (self.connections > 1)}"]
+        words[1] = f"{self.rate} events/s" if self.rate else words[1]
         words += [f"{self.workers} workers"] if self.workers > 1 else []
         words += ["4 ms slower disk"] if self.slow else []
         words += ["filled journal"] if self.filled else []
         words += [] if self.pinned else ["not pinned"]
-        return ", ".join(words)
+        words += [{None: "", False: "without readers", True: "with readers"}[self.readers]]
+        return ", ".join(filter(None, words))
 
 
 OURS, PLAIN, BOOK = Case(SERVICE), Case(BARE), Case(TEXTBOOK)
@@ -58,12 +64,17 @@ OURS_ALONE, PLAIN_ALONE, BOOK_ALONE = (Case(server, connections=1) for server in
 OURS_SLOW, BOOK_SLOW = (Case(server, connections=64, slow=True) for server in (SERVICE, TEXTBOOK))
 OURS_TWICE = Case(SERVICE, workers=2)
 OURS_FILLED = Case(SERVICE, filled=True)
+READ = [  # each load without and with readers
+    [Case(SERVICE, filled=True, rate=rate, readers=readers) for readers in (False, True)]
+    for rate in (50, 500, 0)
+]
 CASES = [
     *(PLAIN, OURS, BOOK, OURS_TWICE, OURS_FILLED),
     *(PLAIN_ALONE, OURS_ALONE, BOOK_ALONE),
     *(OURS_SLOW, BOOK_SLOW),
     *(Case(BARE, count, pinned=False) for count in (16, 1)),
     *(Case(TEXTBOOK, count, pinned=False) for count in (16, 1)),
+    *(case for pair in READ for case in pair),
 ]
 MEMORY = "memory"  # what --only calls the long run
 
@@ -91,6 +102,7 @@ class Run:
     memory: float  # resident MB of the larger worker, afterwards
     start: float  # seconds from the start to the first answer
     refused: int  # answers other than 200
+    reads: float  # answers 200 to readers, a second
 
 
 @dataclass
@@ -133,7 +145,6 @@ def measure_all(bench: Bench) -> None:
         command = [sys.executable, str(BENCH / "fill.py"), str(bench.stored)]
         subprocess.run(command, env=environment(bench.filled), check=True)
     for number in range(1, bench.rounds + 1):
-        write_requests(bench.requests, bench.supply * (WARM_UP_SECONDS + bench.seconds))
         for case in random.Random(number).sample(bench.cases, len(bench.cases)):
             run = measure(bench, case)
             bench.runs.setdefault(case, []).append(run)
@@ -145,6 +156,8 @@ def measure_all(bench: Bench) -> None:
 def measure(bench: Bench, case: Case) -> Run:
     """Run one case once: start, warm up, load, stop, and check that nothing is missing."""
     with contextlib.ExitStack() as stack:
+        if case.filled or not bench.requests.exists():  # no journal gets an event twice
+            write_requests(bench.requests, bench.supply * (WARM_UP_SECONDS + bench.seconds))
         if case.filled:
             database, before = bench.filled, count_rows(bench.filled)[0]
             warm_cache(database)
@@ -154,14 +167,23 @@ def measure(bench: Bench, case: Case) -> Run:
         with start(bench, case, database) as server:
             warm_up = server.load(bench.requests, 0, case.connections, WARM_UP_SECONDS)
             used = server.cpu_seconds()
-            result = server.load(bench.requests, bench.supply, case.connections, bench.seconds)
+            with read(server, case, bench.seconds) as reads:
+                load = (bench.requests, bench.supply, case.connections, bench.seconds, case.rate)
+                result = server.load(*load)
             used = server.cpu_seconds() - used
             memory = server.memory()
         check(case, [warm_up, result], database, before)
     refused = result["refused"]
     good = result["answers"] - refused
     rate, cpu = good / result["seconds"], used / good * 1e6
-    return Run(rate, result["p50"], result["p99"], cpu, memory, server.start_seconds, refused)
+    answered = (reads["answers"] - reads["refused"]) / reads["seconds"] if reads else 0
+    times = result["p50"], result["p99"]
+    return Run(rate, *times, cpu, memory, server.start_seconds, refused, answered)
+
+
+def read(server: Server, case: Case, seconds: int) -> AbstractContextManager[dict]:
+    """Let the readers of a case read beside the block."""
+    return server.readers(seconds) if case.readers else contextlib.nullcontext({})
 
 
 def start(bench: Bench, case: Case, database: Path) -> Server:
@@ -170,7 +192,8 @@ def start(bench: Bench, case: Case, database: Path) -> Server:
         command = [sys.executable, str(BENCH / "textbook.py")]
         subprocess.run(command, env=environment(database), check=True, timeout=60)
     preload = bench.shim if case.slow else None
-    return Server(MODULES[case.server], database, case.workers, case.pinned, preload)
+    token = "" if case.readers is None else TOKEN
+    return Server(MODULES[case.server], database, case.workers, case.pinned, preload, token)
 
 
 def measure_memory(bench: Bench) -> None:
@@ -235,10 +258,16 @@ def write_report(bench: Bench, machine: dict[str, str]) -> str:
     """Return RESULTS.md."""
     title = "# Results of a trial, not to be quoted" if is_trial(bench) else "# Results"
     figures = "case", "events/s", "p50 ms", "p99 ms", "CPU µs/event", "MB", "start s", "refused"
+    sides = "without", "with readers"
+    heads = [f"{name} {side}" for name in ("p99 ms", "p50 ms", "events/s") for side in sides]
     memory = [(f"{events:,}", f"{size:.1f}") for events, size in bench.memory]
     tables = {
         "Targets": [("figure", "floor", "aim", "reached", ""), *list_targets(bench)],
-        "Cases": [figures, *(case_row(bench, case) for case in bench.cases)],
+        "Cases": [figures, *(case_row(bench, case) for case in bench.cases if not case.readers)],
+        "Deliveries while others read": [
+            ("filled journal", *heads, "reads/s"),
+            *(pair_row(bench, *pair) for pair in READ if set(pair) <= bench.runs.keys()),
+        ],
         "Memory of one worker": [("events", "resident MB"), *memory],
     }
     parts = [
@@ -291,6 +320,14 @@ def case_row(bench: Bench, case: Case) -> tuple[str, ...]:
     )
 
 
+def pair_row(bench: Bench, without: Case, reading: Case) -> tuple[str, ...]:
+    """Return the row of a load without and with readers."""
+    runs = bench.median(without), bench.median(reading)
+    figures = [f"{getattr(run, name):,.1f}" for name in ("p99", "p50") for run in runs]
+    words = f"{without.rate} events/s" if without.rate else f"{without.connections} connections"
+    return words, *figures, *(f"{run.rate:,.0f}" for run in runs), f"{runs[1].reads:,.0f}"
+
+
 def table(rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table; the first row has the heads."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
@@ -321,7 +358,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dir", default="/var/tmp", type=Path, help=words)
     words = f"only what matches, and print only: a case, or {MEMORY}"
     parser.add_argument("--only", default="", type=pattern, metavar="REGEX", help=words)
-    parser.add_argument("--quick", action="store_true", help="try it: two minutes, prints only")
+    parser.add_argument("--quick", action="store_true", help="try it: three minutes, prints only")
     if "--quick" in sys.argv:
         parser.set_defaults(**QUICK)
     return parser.parse_args()

@@ -18,6 +18,7 @@ from events import SECRET, signed_requests
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
+CLIENTS = [sys.executable, str(BENCH / "clients.py")]
 CORES = sorted(os.sched_getaffinity(0))
 
 
@@ -31,11 +32,13 @@ class Server:
         workers: int = 1,
         pinned: bool = True,
         preload: Path | None = None,
+        token: str = "",
     ):
         self.count, self.pinned = workers, pinned
         self.log = database.with_name("gunicorn.log")
         self.environ = environment(database, workers)
         self.environ |= {"LD_PRELOAD": str(preload)} if preload else {}
+        self.environ |= {"KYC_API_TOKEN": token} if token else {}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = "127.0.0.1:{1}".format(*probe.getsockname())
@@ -91,26 +94,43 @@ class Server:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [int(child) for child in children]
 
-    def load(self, requests: Path, skip: int, connections: int, seconds: int) -> dict:
-        """Send the requests of a file for some seconds; return what wrk counted."""
+    def load(
+        self, requests: Path, skip: int, connections: int, seconds: int, rate: int = 0
+    ) -> dict:
+        """Send the requests of a file for some seconds; return what was counted.
+
+        `rate` of them a second by clients.py; for 0 as many as it takes, by wrk.
+        """
         self.pin_workers()
-        size = len(next(signed_requests(1)))
+        file = [str(requests), str(len(next(signed_requests(1)))), str(skip)]
         options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s"]
         script = ["-s", str(BENCH / "post.lua"), f"http://{self.address}", "--"]
+        steady = [*CLIENTS, "send", self.address, *file, str(rate), str(seconds)]
         done = subprocess.run(
-            ["wrk", *options, *script, str(requests), str(size), str(skip)],
+            steady if rate else ["wrk", *options, *script, *file],
             capture_output=True,
             text=True,
             timeout=seconds + 60,
-            preexec_fn=self.pin_wrk,
+            preexec_fn=self.pin_client,
         )
         if done.returncode == 3:
             fail("the server took all events that were prepared: give a larger --supply")
         if done.returncode:
-            fail(f"wrk failed: {done.stderr.strip()}")
+            fail(f"the client failed: {done.stderr.strip()}")
         self.check_pins()
         self.settle()
         return json.loads(done.stdout.splitlines()[-1])
+
+    @contextlib.contextmanager
+    def readers(self, seconds: float) -> Iterator[dict]:
+        """Read for so long beside the block; at its end yield's dictionary has what was counted."""
+        command = [*CLIENTS, "read", self.address, str(seconds)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, preexec_fn=self.pin_client
+        ) as process:
+            counted: dict = {}
+            yield counted
+            counted |= json.loads(process.stdout.read())
 
     def pins(self) -> Iterator[tuple[int, int]]:
         """Yield each thread of the pinned workers, with the core that its worker has."""
@@ -131,8 +151,8 @@ class Server:
                 if os.sched_getaffinity(thread) != {core}:
                     fail(f"a worker has moved itself away from core {core}")
 
-    def pin_wrk(self) -> None:
-        """Keep wrk, from within its process, off the cores of the workers if it can be."""
+    def pin_client(self) -> None:
+        """Keep a client, from within its process, off the cores of the workers if it can be."""
         if self.pinned:
             os.sched_setaffinity(0, CORES[self.count :] or CORES)
 
