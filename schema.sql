@@ -6,7 +6,8 @@
 --   2  the rules        statuses, status_rules, hold_rules, kyc_templates: data, joined by the views
 --   3  the projections  inquiries, accounts, holds, kyc_status: what the journal comes to by the
 --                       rules; each has a view ..._by_the_rules that computes it anew
---   4  views to read    cleared, kyc_status_by_template, kyc_timeline, failed_events, status_counts
+--   4  views to read    cleared, kyc_status_by_template, kyc_timeline, journal, failed_events,
+--                       status_counts
 
 
 -- 1. The journal ---------------------------------------------------------------------------
@@ -559,6 +560,17 @@ CREATE VIEW IF NOT EXISTS kyc_timeline AS
     WHERE e.inquiry_id IS NOT NULL AND e.account_id IS NULL AND e.reference_id IS NULL
         AND NOT EXISTS (SELECT 1 FROM inquiries AS i WHERE i.inquiry_id = e.inquiry_id)
     ORDER BY 1, 2, 4;
+
+-- Every event with its person, without the body.
+CREATE VIEW IF NOT EXISTS journal AS
+    SELECT rowid AS position, received_at, created_at, name, state, event_id, source, object_type,
+        object_id, object_status, inquiry_id, account_id, reference_id, template_id,
+        COALESCE((SELECT i.person FROM inquiries AS i WHERE i.inquiry_id = events.inquiry_id),
+            reference_id,
+            (SELECT a.reference_id FROM accounts AS a WHERE a.account_id = events.account_id),
+            account_id, inquiry_id) AS person,
+        signed_by, attempt, error, body_sha256, redacted_at
+    FROM events;
 
 -- Events whose handlers failed or have not run: healed by Persona's redelivery or `flask replay`.
 CREATE VIEW IF NOT EXISTS failed_events AS

@@ -164,25 +164,18 @@ def explain_event(event: Row) -> str | None:
 
 SCOPES = {
     "all": "true",
-    "person": "rowid IN (SELECT position FROM kyc_timeline WHERE reference_id = :person)",
-    "object": """rowid IN (
+    "person": "position IN (SELECT position FROM kyc_timeline WHERE reference_id = :person)",
+    "object": """position IN (
         SELECT rowid FROM events WHERE object_id = :object AND object_id IS NOT inquiry_id
         UNION SELECT rowid FROM events WHERE inquiry_id = :object AND object_id = :object)""",
 }
 EVENTS = """
-    SELECT rowid AS position, received_at, created_at, name, state, event_id, source, object_type,
-        object_id, object_status, inquiry_id, account_id, reference_id, template_id,
-        COALESCE((SELECT person FROM inquiries AS i WHERE i.inquiry_id = events.inquiry_id),
-            reference_id,
-            (SELECT a.reference_id FROM accounts AS a WHERE a.account_id = events.account_id),
-            account_id, inquiry_id) AS person,
-        signed_by, attempt, error, body_sha256, redacted_at
-    FROM events WHERE {scope} AND rowid > :after AND rowid <= :end
+    SELECT * FROM journal WHERE {scope} AND position > :after AND position <= :end
         AND (:name IS NULL OR name GLOB :name) AND (:state IS NULL OR state = :state)
         AND (:source IS NULL OR source = :source) AND (:object IS NULL OR object_id = :object)
         AND (:since IS NULL OR received_at >= :since)
         AND (:until IS NULL OR received_at < :until)
-    ORDER BY rowid {order} LIMIT :limit + 1
+    ORDER BY position {order} LIMIT :limit + 1
 """
 HEADS = "POS|RECEIVED (UTC)|AGE|NAME|PERSON|EVENT ID"
 USUAL = [10**5, "2026-11-21 08:46", "59m", "inquiry-session.started", "user-12345", "e" * 28]

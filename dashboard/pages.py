@@ -51,7 +51,7 @@ def show_people() -> Response | tuple[str, int] | str:
         raise BadQueryError("there is no such status")
     filters, first = {"status": status, "held": held, "template": template}, not given
     with queries.reading() as db:
-        counts, last = queries.count_all(db), queries.read_last_delivery(db)
+        counts = queries.count_all(db)
         templates = queries.select(db, queries.TEMPLATES)
         attention = list_attention(db) if first else []
         people, cursor = queries.list_people(
@@ -61,10 +61,10 @@ def show_people() -> Response | tuple[str, int] | str:
             newest_first=True,
             **filters,
         )
-        unfinished = count_unfinished(db, counts["events"])
+        unfinished = count_unfinished(db)
     page = {"counts": counts, "unfinished": unfinished, "attention": attention, "people": people}
     page |= {"filters": filters, "templates": [row["template_id"] for row in templates]}
-    page |= {"cards": CARDS, "cursor": cursor, "last": last, "first": first}
+    page |= {"cards": CARDS, "cursor": cursor, "first": first}
     return render_template("people.html", **page)
 
 
@@ -100,11 +100,10 @@ def list_attention(db: queries.Connection) -> list[Row]:
     return rows
 
 
-def count_unfinished(db: queries.Connection, events: dict[tuple[str, str], int]) -> int:
+def count_unfinished(db: queries.Connection) -> int:
     """Return the number of events whose handlers failed, or have not run for a minute."""
-    failed = sum(number for (state, _), number in events.items() if state == "failed")
     before = kyc.format_time(datetime.now(UTC) - timedelta(minutes=1))
-    return failed + db.execute(queries.STUCK, {"before": before}).fetchone()[0]
+    return db.execute(queries.UNFINISHED, {"before": before}).fetchone()[0]
 
 
 @routes.get("/people/<id:subject>")

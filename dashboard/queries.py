@@ -227,16 +227,9 @@ def read_timeline(
 # Events
 
 EVENTS = """
-    SELECT rowid AS position, received_at, created_at, name, state, event_id, source, object_type,
-        object_id, object_status, inquiry_id, account_id, reference_id, template_id,
-        COALESCE((SELECT person FROM inquiries AS i WHERE i.inquiry_id = events.inquiry_id),
-            reference_id,
-            (SELECT a.reference_id FROM accounts AS a WHERE a.account_id = events.account_id),
-            account_id, inquiry_id) AS person,
-        signed_by, attempt, error, body_sha256, redacted_at
-    FROM events WHERE {scope} AND rowid > :after AND rowid < :before
+    SELECT * FROM journal WHERE {scope} AND position > :after AND position < :before
         AND (:name IS NULL OR name GLOB :name)
-    ORDER BY rowid {order} LIMIT :limit
+    ORDER BY position {order} LIMIT :limit
 """
 NEWEST = "SELECT COALESCE(max(rowid), 0) FROM events"
 
@@ -288,9 +281,9 @@ NOT_PROCESSED = """
     SELECT state, source, count(*) FROM events WHERE state <> 'processed' GROUP BY state, source
 """
 NOT_APPROVED = "SELECT status, count(*) FROM kyc_status WHERE status <> 'approved' GROUP BY status"
-STUCK = """
-    SELECT count(*) FROM events
-    WHERE state = 'pending' AND state <> 'processed' AND received_at < :before
+UNFINISHED = """
+    SELECT count(*) FROM events WHERE state <> 'processed'
+        AND (state = 'failed' OR (state = 'pending' AND received_at < :before))
 """
 HELD = "SELECT count(*) FROM kyc_status WHERE hold IS NOT NULL"
 LAST_DELIVERY = """  -- or of the oldest that was looked at: no delivery is newer

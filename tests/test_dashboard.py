@@ -212,7 +212,7 @@ def test_no_question_scans_a_table(get, send, database, monkeypatch):
     with contextlib.closing(sqlite3.connect(database)) as db:
         asked = [one for one in asked if "SELECT" in one]
         plans = {one: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {one}")] for one in asked}
-    tables = "events|inquiries|kyc_status|accounts|mentions|[eikahnd]"
+    tables = "events|journal|inquiries|kyc_status|accounts|mentions|[eikahnd]"
     scans = [
         (step, one)
         for one, steps in plans.items()

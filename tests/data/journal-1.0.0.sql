@@ -517,6 +517,15 @@ CREATE VIEW kyc_timeline AS
     WHERE e.inquiry_id IS NOT NULL AND e.account_id IS NULL AND e.reference_id IS NULL
         AND NOT EXISTS (SELECT 1 FROM inquiries AS i WHERE i.inquiry_id = e.inquiry_id)
     ORDER BY 1, 2, 4;
+CREATE VIEW journal AS
+    SELECT rowid AS position, received_at, created_at, name, state, event_id, source, object_type,
+        object_id, object_status, inquiry_id, account_id, reference_id, template_id,
+        COALESCE((SELECT i.person FROM inquiries AS i WHERE i.inquiry_id = events.inquiry_id),
+            reference_id,
+            (SELECT a.reference_id FROM accounts AS a WHERE a.account_id = events.account_id),
+            account_id, inquiry_id) AS person,
+        signed_by, attempt, error, body_sha256, redacted_at
+    FROM events;
 CREATE VIEW failed_events AS
     SELECT rowid AS position, event_id, name, created_at, received_at, attempt, state, error,
         inquiry_id, account_id, reference_id
