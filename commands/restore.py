@@ -40,6 +40,10 @@ REMOVE = """
         error = substr(error, 1, instr(error || ':', ':') - 1)  -- the kind, not the message
     WHERE event_id = ? AND body IS NOT NULL
 """
+NOTE_REMOVAL = """
+    CREATE TEMP TRIGGER note_removal AFTER UPDATE OF body ON main.events
+    WHEN OLD.body IS NOT NULL AND NEW.body IS NULL BEGIN SELECT note_removal(); END
+"""
 ORDERS = """  -- that no event brings along
     SELECT subject_id, redacted_before, ordered_at, ordered_by, command, reason
     FROM redactions WHERE command <> 'event' ORDER BY rowid
@@ -86,7 +90,7 @@ def restore(path: Path, as_json: bool) -> None:
         db = stack.enter_context(contextlib.closing(cli.open_database()))
         old = stack.enter_context(contextlib.closing(open_old(path)))
         db.create_function("note_removal", 0, tally.note_removal)
-        db.execute(kyc.NOTE_REMOVAL)
+        db.execute(NOTE_REMOVAL)
         try:
             restore_events(path, old, db, tally)
             restore_redactions(path, old, db, tally)
