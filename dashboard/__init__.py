@@ -16,6 +16,7 @@ import hmac
 import os
 import re
 import sqlite3
+import sys
 import threading
 from collections.abc import Mapping
 
@@ -51,6 +52,7 @@ def register(app: Flask, environ: Mapping[str, str]) -> None:
     if not tokens:
         return
     app.config["KYC_API_TOKEN"] = tokens
+    sys.setswitchinterval(0.001)  # seconds: a delivery waits for the interpreter, again and again
     app.url_map.converters["id"] = AnyText
     counts = app.extensions["counts"] = metrics.Counts(app)
     if environ.get("FLASK_RUN_FROM_CLI") != "true":
@@ -140,7 +142,8 @@ def answer_bad_query(error: BadQueryError) -> Response:
 @routes.errorhandler(sqlite3.Error)
 def answer_unreadable(error: Exception) -> Response:
     """Answer 503 when the database cannot be read, or not in time."""
-    reason = "it took too long" if str(error) == "interrupted" else str(error)
+    reason = kyc.describe_error(error)
+    reason = "it took too long" if reason == "interrupted" else reason
     kyc.log.warning("outcome=unreadable reason=%s", kyc.quote(reason))
     response = kyc.answer(503, {"error": "The database could not be read", "reason": reason})
     response.headers["Retry-After"] = "2"
