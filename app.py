@@ -525,7 +525,7 @@ LEAST_SECONDS = 0.2  # to wait while no commit succeeds; then requests queue in 
 MAX_WAITING = 256  # deliveries in line; more means that the database is stuck
 MAX_WAL = 16 * 1024 * 1024  # bytes; a longer WAL is copied into the database
 KEEP_SECONDS = 60.0  # how long the bytes of a removed body may stay in the WAL
-EVENT_BYTES = 40_000  # that an event adds to the WAL beside its body: about ten pages
+EVENT_BYTES = 30_000  # that an event adds to the WAL beside its body: about a dozen pages
 
 INSERT_EVENT = """
     INSERT INTO events (event_id, name, created_at, received_at, object_type, object_id,
@@ -853,6 +853,8 @@ def describe_error(error: BaseException) -> str:
     """Say what was wrong with the database; of any other error only its kind."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
+    if str(error).startswith("Could not decode to UTF-8"):  # it would quote what is there
+        return "database disk image is malformed"
     return str(error) if isinstance(error, sqlite3.Error | DatabaseError) else type(error).__name__
 
 
@@ -1306,6 +1308,7 @@ def prepare(db: Connection, config: Config | None) -> Connection:
     tables = {row[0] for row in db.execute("SELECT name FROM sqlite_schema")}
     if (version or tables) and "events" not in tables:
         raise UnusableError("the file belongs to another application")
+    db.execute("PRAGMA page_size = 2048")  # of a new file; an event changes a dozen pages
     if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
         raise UnusableError("its disk does not support WAL")
     if version < SCHEMA_VERSION:

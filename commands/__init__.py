@@ -70,7 +70,8 @@ def command(function: Callable) -> click.Command:
         try:
             function(*args, **kwargs)
         except (kyc.DatabaseError, sqlite3.Error) as error:
-            raise click.ClickException(f"KYC_DATABASE {database_path()}: {error}") from None
+            words = f"KYC_DATABASE {database_path()}: {kyc.describe_error(error)}"
+            raise click.ClickException(words) from None
         except UnicodeEncodeError:
             raise click.ClickException("an argument is not UTF-8") from None
         except OSError as error:

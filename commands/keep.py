@@ -125,7 +125,8 @@ def look_everywhere(url: str, full: bool) -> Findings:
             for look in looks:
                 yield from limit_time(db, look, full)
     except (kyc.DatabaseError, sqlite3.Error, OSError) as error:
-        yield WRONG, "database", f"{error}; {advise(str(error))}"
+        words = kyc.describe_error(error)
+        yield WRONG, "database", f"{words}; {advise(words)}"
 
 
 def limit_time(db: sqlite3.Connection, look: Callable, full: bool) -> Findings:

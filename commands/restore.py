@@ -111,7 +111,8 @@ def blame(path: Path) -> Iterator[None]:
     try:
         yield
     except (kyc.DatabaseError, sqlite3.Error) as error:
-        raise click.ClickException(cli.printable(f"{path}: {error}")) from None
+        words = f"{path}: {kyc.describe_error(error)}"
+        raise click.ClickException(cli.printable(words)) from None
 
 
 def open_old(path: Path) -> sqlite3.Connection:
