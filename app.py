@@ -6,7 +6,7 @@ An event's path, which is also the order of this file:
               -> fsync -> handlers, a transaction of their own -> 200
 
 Configuration, by environment: PERSONA_WEBHOOK_SECRET or PERSONA_WEBHOOK_SECRET_FILE,
-PERSONA_SIGNATURE_TOLERANCE, PERSONA_SIGNATURE_SCHEME, KYC_DATABASE, KYC_TEMPLATES,
+PERSONA_SIGNATURE_TOLERANCE, PERSONA_SIGNATURE_SCHEME, KYC_DATABASE or DATABASE_URL, KYC_TEMPLATES,
 KYC_EPHEMERAL_DISK, MAX_BODY_BYTES; PORT and WEB_CONCURRENCY belong to gunicorn. README.md
 explains each. The tables, and the rules by which an event sets a status, are in schema.sql.
 """
@@ -74,7 +74,7 @@ class Config:
     secrets: tuple[bytes, ...]
     tolerance: int  # seconds; 0 switches the check off
     scheme: str  # one of SCHEMES
-    database: Path
+    database: Any  # the Path of the file; or, with DATABASE_URL, a postgres.Address
     templates: tuple[str, ...]  # the inquiry templates that count; () for all
     max_body_bytes: int
 
@@ -88,9 +88,6 @@ def read_config(environ: Mapping[str, str]) -> Config:
     scheme = environ.get("PERSONA_SIGNATURE_SCHEME", "persona")
     if scheme not in SCHEMES:
         raise ConfigError(f"PERSONA_SIGNATURE_SCHEME must be one of {', '.join(SCHEMES)}")
-    database = environ.get("KYC_DATABASE", "kyc.db")
-    if not database or database.endswith("/") or database == ":memory:" or "\0" in database:
-        raise ConfigError("KYC_DATABASE must be the path of a file")
     templates = tuple(re.split(r"[,\s]+", environ.get("KYC_TEMPLATES", "").strip(", \t\n")))
     if templates != ("",) and not all(re.fullmatch(r"\w{1,100}", name) for name in templates):
         raise ConfigError("KYC_TEMPLATES must be IDs such as itmpl_..., separated by commas")
@@ -98,11 +95,27 @@ def read_config(environ: Mapping[str, str]) -> Config:
         secrets=read_secrets(environ),
         tolerance=read_number(environ, "PERSONA_SIGNATURE_TOLERANCE", 300, 0, 10**9),
         scheme=scheme,
-        # Relative to this file, not to the current folder; SQLite puts the WAL where links lead.
-        database=Path(os.path.realpath(HERE / database)),
+        database=read_database(environ),
         templates=tuple(sorted(set(templates) - {""})),
         max_body_bytes=read_number(environ, "MAX_BODY_BYTES", 2 * 1024 * 1024, 1, 500_000_000),
     )
+
+
+def read_database(environ: Mapping[str, str]) -> Any:
+    """Return the path in KYC_DATABASE, or the address in DATABASE_URL; raise ConfigError."""
+    database = environ.get("KYC_DATABASE", "kyc.db")
+    if "DATABASE_URL" in environ:
+        if "KYC_DATABASE" in environ:
+            raise ConfigError("KYC_DATABASE and DATABASE_URL are both set")
+        try:
+            return importlib.import_module("postgres").read_address(environ["DATABASE_URL"])
+        except ModuleNotFoundError as error:
+            words = f"DATABASE_URL is set, but there is no {error.name}"
+            raise ConfigError(f"{words}: see postgres/requirements.txt") from None
+    if not database or database.endswith("/") or database == ":memory:" or "\0" in database:
+        raise ConfigError("KYC_DATABASE must be the path of a file")
+    # Relative to this file, not to the current folder; SQLite puts the WAL where links lead.
+    return Path(os.path.realpath(HERE / database))
 
 
 def read_number(environ: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
@@ -806,6 +819,8 @@ def store(db: Connection, deliveries: list[Delivery]) -> list[str | None]:
     Return what became of each: STORED, DUPLICATE, UNRECOGNIZED, or None when its handlers are
     still to run. Another copy of an event is a duplicate, but may name IDs that the first lacked.
     """
+    if not isinstance(db, Connection):
+        return db.store(deliveries)  # a function of the same name on the server
     rows = [delivery.row() for delivery in deliveries]
     inserted = db.executemany(INSERT_EVENT, rows).rowcount if rows else 0
     new = {row[0]: row[-2] for row in rows}  # event ID -> state
@@ -941,6 +956,8 @@ def refresh(
     db: Connection, inquiries: Keys = (), accounts: Keys = (), objects: Keys = (), people: Keys = ()
 ) -> list[Change]:
     """Compute these rows of the projections anew, and all that rest on those that change."""
+    if not isinstance(db, Connection):
+        return db.refresh([inquiries, accounts, objects, people])
     accounts, people = set(accounts), set(people)
     changes = update(db, "inquiries", inquiries)
     people |= {row["person"] for row in both_sides(changes)}
@@ -1232,6 +1249,8 @@ def connect(path: Path, *, readonly: bool = False) -> Connection:
 
     Raises DatabaseError when there is none, or its version can neither be used nor migrated.
     """
+    if not isinstance(path, Path):
+        return path.connect(readonly=readonly)
     require_own_wal(path)
     address = f"{path.as_uri()}?mode={'ro' if readonly else 'rw'}"
     options = {"uri": True, "isolation_level": None, "check_same_thread": False}
@@ -1276,6 +1295,8 @@ def prepare_database(config: Config) -> bool:
     Raises UnusableError when no waiting helps, DatabaseError when something is in the way.
     """
     path = config.database
+    if not isinstance(path, Path):
+        return path.prepare(config)
     if not path.exists() and wal_paths(path)[0].exists():
         raise FileGoneError("the database is gone, but its WAL is there: bring it back")
     try:
@@ -1415,6 +1436,9 @@ def turn(path: Path, seconds: float | None = None) -> Iterator[None]:
     Two locks, taken one after the other: who waits for the second holds the first, so that
     nobody overtakes. Raises DatabaseError after `seconds`.
     """
+    if not isinstance(path, Path):  # PostgreSQL lets one transaction begin after the other
+        yield
+        return
     gate, lock = (open_lock(path, suffix) for suffix in (".gate", ".lock"))
     try:
         wait_for_lock(gate, seconds)
@@ -1466,7 +1490,8 @@ def create_app(environ: Mapping[str, str]) -> Flask:
     app = Flask(__name__, static_folder=None)
     app.url_map.merge_slashes = False  # a doubled slash is an unknown path, not a redirect
     app.config.update(KYC=config, PROVIDE_AUTOMATIC_OPTIONS=False)
-    app.extensions["journal"] = Journal(config)
+    on_disk = isinstance(config.database, Path)
+    app.extensions["journal"] = Journal(config) if on_disk else config.database.journal(config)
     app.register_blueprint(routes)
     app.register_error_handler(SignatureError, answer_bad_signature)
     app.register_error_handler(JournalError, answer_unavailable)
@@ -1485,7 +1510,8 @@ def prepare_service(app: Flask, environ: Mapping[str, str]) -> None:
     config, journal = app.config["KYC"], app.extensions["journal"]
     if not config.secrets:
         raise ConfigError("PERSONA_WEBHOOK_SECRET is not set: nothing could be verified")
-    if "DYNO" in environ and environ.get("KYC_EPHEMERAL_DISK") != "accept":
+    on_disk = isinstance(config.database, Path)
+    if on_disk and "DYNO" in environ and environ.get("KYC_EPHEMERAL_DISK") != "accept":
         raise ConfigError(
             "KYC_DATABASE would be on a Heroku dyno's disk, which is emptied at each restart;"
             " to serve all the same set KYC_EPHEMERAL_DISK=accept"
@@ -1494,7 +1520,7 @@ def prepare_service(app: Flask, environ: Mapping[str, str]) -> None:
     warn(config)
     try:
         complete = prepare_database(config)
-        journal.prepared = identify(config.database)[0]
+        journal.prepared = on_disk and identify(config.database)[0]
         if not complete:  # the journal goes on with the past
             threading.Thread(target=journal.probe, daemon=True).start()
     except UnusableError:
@@ -1550,6 +1576,8 @@ def start() -> Flask:
         message = str(error)
     except DatabaseError as error:
         message = f"KYC_DATABASE {os.environ.get('KYC_DATABASE', 'kyc.db')}: {error}"
+        if "DATABASE_URL" in os.environ:
+            message = f"DATABASE_URL: {error}"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}"
     print(f"app.py: {message}", file=sys.stderr)

@@ -45,6 +45,8 @@ def register(app: Flask, environ: Mapping[str, str]) -> None:
     run_command.hidden = True
     for module in MODULES:
         importlib.import_module(f"commands.{module}")
+    if (Path(kyc.HERE) / "postgres" / "copy.py").exists():
+        importlib.import_module("postgres.copy")
     for one in COMMANDS:
         app.cli.add_command(one)
 
@@ -70,7 +72,7 @@ def command(function: Callable) -> click.Command:
         try:
             function(*args, **kwargs)
         except (kyc.DatabaseError, sqlite3.Error) as error:
-            words = f"KYC_DATABASE {database_path()}: {kyc.describe_error(error)}"
+            words = f"{name_database()}: {kyc.describe_error(error)}"
             raise click.ClickException(words) from None
         except UnicodeEncodeError:
             raise click.ClickException("an argument is not UTF-8") from None
@@ -132,9 +134,19 @@ def progress(*args: Any, **kwargs: Any) -> Any:
 TURN_SECONDS = 10  # that a command waits for its turn
 
 
-def database_path() -> Path:
-    """Return the path of the configured database."""
+def database_path() -> Any:
+    """Return the path of the configured database, or its address on PostgreSQL."""
     return current_app.config["KYC"].database
+
+
+def on_postgres() -> bool:
+    """Return whether the database is on PostgreSQL."""
+    return not isinstance(database_path(), Path)
+
+
+def name_database() -> str:
+    """Return the variable that names the database, and its value without a password."""
+    return f"{'DATABASE_URL' if on_postgres() else 'KYC_DATABASE'} {database_path()}"
 
 
 def open_database(*, readonly: bool = False) -> sqlite3.Connection:

@@ -22,7 +22,7 @@ NEWEST = """  -- event that names a subject, or is of a person
             WHERE object_id = :id AND object_id IS NOT inquiry_id
         UNION ALL SELECT created_at FROM mentions JOIN events ON events.rowid = position
             WHERE id = :id
-        UNION ALL SELECT event_at FROM kyc_timeline WHERE reference_id = :person)
+        UNION ALL SELECT event_at FROM kyc_timeline WHERE reference_id = :person) AS theirs
 """
 
 
@@ -74,7 +74,7 @@ PRUNE = """
     WHERE rowid > :first AND rowid <= :last AND body IS NOT NULL AND created_at < :before
 """
 PRUNABLE = """
-    SELECT count(*), COALESCE(sum(state IN ('failed', 'pending')), 0), COALESCE(max(rowid), 0)
+    SELECT count(*), count(*) FILTER (WHERE state IN ('failed', 'pending')), COALESCE(max(rowid), 0)
     FROM events WHERE body IS NOT NULL AND created_at < ?
 """
 
@@ -107,7 +107,11 @@ def prune(before: str, yes: bool, **order: str | None) -> None:
 
 
 def report_removal(db: sqlite3.Connection, removed: int) -> None:
-    """Say how many bodies were removed, when they are gone from the WAL, too."""
+    """Say how many bodies were removed, when they are gone from the files, too."""
+    if cli.on_postgres():
+        db.execute("VACUUM events")  # its own WAL and copies of it keep the bytes for a while
+        click.echo(f"{cli.plural(removed, 'body', 'bodies')} removed")
+        return
     deadline = time.monotonic() + READER_SECONDS
     while time.monotonic() < deadline:
         with cli.turn():

@@ -34,7 +34,7 @@ SHOWN = 30  # newest inquiries, and newest events, of a person
 INQUIRIES = """
     SELECT inquiry_id, template_id, status, event_at, event_name, event_id, account_id,
         reference_id, standing, COALESCE(NOT EXISTS (SELECT 1 FROM kyc_templates)
-            OR template_id IN (SELECT template_id FROM kyc_templates), 0) AS counts
+            OR template_id IN (SELECT template_id FROM kyc_templates), false) AS counts
     FROM inquiries WHERE person = ?
     ORDER BY counts DESC, standing DESC, event_at DESC, rank DESC, event_id DESC
 """

@@ -89,7 +89,9 @@ class Counts(logging.Handler):
     def __init__(self, app: Flask):
         super().__init__()
         self.journal = app.extensions["journal"]
-        self.path = Path(f"{app.config['KYC'].database}.counts")
+        database = app.config["KYC"].database
+        place = database if isinstance(database, Path) else kyc.HERE / "kyc"
+        self.path = Path(f"{place}.counts")
         self.reset()
 
     def start(self) -> None:
@@ -221,6 +223,8 @@ def count_past() -> Iterator[Sample]:
 def measure_files() -> Iterator[Sample]:
     """Yield the sizes of files; stat() only, for closing one would drop SQLite's locks."""
     path = current_app.config["KYC"].database
+    if not isinstance(path, Path):
+        return
     with contextlib.suppress(OSError):
         disk = os.statvfs(path.parent)
         yield "kyc_free_bytes", {}, disk.f_bavail * disk.f_frsize

@@ -89,16 +89,17 @@ IN_ORDER = """
     ORDER BY updated_at {order}, reference_id {order} LIMIT :scanned
 """
 PEOPLE = """  -- in the order of the inner query, which is not read further than needed
-    SELECT * FROM ({in order}) WHERE (:status IS NULL OR status = :status)
-        AND (:held IS NULL OR (hold IS NOT NULL) = :held)
+    SELECT * FROM ({in order}) AS page WHERE (:status IS NULL OR status = :status)
+        AND (:flag IS NULL OR (hold IS NOT NULL) = (:flag = 'held'))
         AND (:template IS NULL OR template_id = :template)
         AND (:before IS NULL OR event_at < :before)
     LIMIT :limit + 1
 """
-LAST_SCANNED = "SELECT * FROM ({in order}) LIMIT 1 OFFSET :scanned - 1"
+LAST_SCANNED = "SELECT * FROM ({in order}) AS page LIMIT 1 OFFSET :scanned - 1"
 TEMPLATES = """
     SELECT DISTINCT template_id FROM (
-        SELECT template_id FROM kyc_status ORDER BY updated_at DESC, reference_id DESC LIMIT 2000)
+        SELECT template_id FROM kyc_status ORDER BY updated_at DESC, reference_id DESC
+        LIMIT 2000) AS newest
     WHERE template_id IS NOT NULL ORDER BY template_id LIMIT 50
 """
 
@@ -112,6 +113,7 @@ def list_people(
     """
     values = dict.fromkeys(("status", "held", "template", "before"), None) | filters
     values |= {"limit": limit, "scanned": SCANNED}
+    values["flag"] = {None: None, True: "held", False: "free"}[values["held"]]
     start = ("~", "") if newest_first else (filters.get("since", ""), "")
     values["at"], values["key"] = read_cursor(after) if after else start
     by_status = values["status"] not in (None, "approved")
@@ -147,13 +149,13 @@ FIND_PERSON = (  # the first that knows the ID
 STANDING = """
     SELECT :id AS reference_id, k.status, k.hold, k.inquiry_id, k.account_id, k.template_id,
         k.event_id, k.event_name, k.event_at, k.updated_at
-    FROM (SELECT 1) LEFT JOIN kyc_status AS k ON k.reference_id = :id
+    FROM (SELECT 1) AS one LEFT JOIN kyc_status AS k ON k.reference_id = :id
 """
 INQUIRIES = """
     SELECT inquiry_id, status, template_id, account_id, reference_id,
         event_id, event_name, event_at, standing,
         COALESCE(NOT EXISTS (SELECT 1 FROM kyc_templates)
-            OR template_id IN (SELECT template_id FROM kyc_templates), 0) AS counts
+            OR template_id IN (SELECT template_id FROM kyc_templates), false) AS counts
     FROM inquiries WHERE person = :id
     ORDER BY counts DESC, standing DESC, event_at DESC, rank DESC, event_id DESC LIMIT 101
 """

@@ -30,6 +30,8 @@ import pytest
 
 os.environ["FLASK_RUN_FROM_CLI"] = "true"  # importing app starts no service
 sys.modules["handlers"] = types.ModuleType("handlers")
+import cluster as postgresql  # noqa: E402
+
 import app as kyc  # noqa: E402
 from commands.trigger import build_event  # noqa: E402
 
@@ -41,15 +43,73 @@ SECRET = "wbhsec_test_0123456789abcdef"
 LONG = os.environ.get("LONG") == "1"  # the long variants: more rounds, more time
 
 
+# Modules whose tests run on PostgreSQL, too; but not those about files or SQLite's own ways.
+BOTH_ENGINES = {
+    *("test_commands", "test_dashboard", "test_events", "test_handlers", "test_http"),
+    *("test_redaction", "test_status"),
+}
+SQLITE_ONLY = set((Path(__file__).parent / "sqlite_only.txt").read_text().split())
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__ in BOTH_ENGINES:
+        engines = ["sqlite", "postgres"]
+        if metafunc.function.__name__ in SQLITE_ONLY:
+            engines.pop()
+        metafunc.parametrize("engine", engines, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A PostgreSQL of our own."""
+    if reason := postgresql.why_not():
+        pytest.skip(reason)
+    with contextlib.closing(postgresql.Cluster()) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def engine(request, monkeypatch):
+    """The database under test; "postgres" has a schema stand for the file at each path."""
+    name = getattr(request, "param", "sqlite")
+    if name == "postgres":
+        cluster = request.getfixturevalue("cluster")
+        read, connect = kyc.read_database, kyc.connect
+
+        def find(path):
+            return read({"DATABASE_URL": cluster.database(str(path))})
+
+        def read_instead(environ):
+            return find(environ["KYC_DATABASE"]) if "KYC_DATABASE" in environ else read(environ)
+
+        def connect_instead(path, **options):
+            return connect(find(path) if isinstance(path, Path) else path, **options)
+
+        def open_instead(path, *arguments, **options):
+            known = str(path) in cluster.schemas
+            return find(path).connect() if known else open_file(path, *arguments, **options)
+
+        open_file = sqlite3.connect
+        monkeypatch.setattr(sqlite3, "connect", open_instead)
+        monkeypatch.setattr(kyc, "read_database", read_instead)
+        monkeypatch.setattr(kyc, "connect", connect_instead)
+    return name
+
+
 @pytest.fixture
 def database(tmp_path):
     return tmp_path / "kyc.db"
 
 
 @pytest.fixture
-def environ(database):
+def environ(request, engine, database):
     """The configuration of the service under test."""
-    return {"PERSONA_WEBHOOK_SECRET": SECRET, "KYC_DATABASE": str(database)}
+    if engine == "postgres":
+        cluster = request.getfixturevalue("cluster")
+        where = {"DATABASE_URL": cluster.database(str(database))}
+    else:
+        where = {"KYC_DATABASE": str(database)}
+    return {"PERSONA_WEBHOOK_SECRET": SECRET, **where}
 
 
 @pytest.fixture
@@ -85,11 +145,18 @@ def client(app):
 
 
 @pytest.fixture
-def db(app, database):
+def db(app, engine, database):
     """A reader of the app's database."""
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+    with contextlib.closing(connect(app, engine, database)) as db:
         db.row_factory = sqlite3.Row
         yield db
+
+
+def connect(app, engine, database):
+    """Open the database as somebody else does."""
+    if engine == "postgres":
+        return app.config["KYC"].database.connect()
+    return sqlite3.connect(database, isolation_level=None)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def notes(handlers, db):
 
 def row(db):
     """Return state and error of the first event, and how many notes there are."""
-    state, error = db.execute("SELECT state, error FROM events").fetchone()
+    state, error = db.execute("SELECT state, error FROM events ORDER BY rowid").fetchone()
     return state, error, db.execute("SELECT count(*) FROM notes").fetchone()[0]
 
 

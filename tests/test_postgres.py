@@ -1,0 +1,331 @@
+"""PostgreSQL: what only this engine can do wrong, and two machines on one database.
+
+The tests of other modules that are marked `both_engines` run on it, too.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import sqlite3
+import threading
+import time
+
+import pytest
+from conftest import LONG, Load, build, children, deploy, sign, wait_until
+
+import app as kyc
+
+pytestmark = pytest.mark.parametrize("engine", ["postgres"], indirect=True)
+
+
+@pytest.fixture
+def query(cluster, environ, database):
+    """Read the database of the service with PostgreSQL's own words."""
+    schema = cluster.schemas[str(database)]
+    return lambda *statements: cluster.execute(*statements, schema=schema)
+
+
+BODIES = {
+    "unicode": '{"name": "Zoë \U0001f600"}'.encode(),
+    "NUL": b'{\0"name": "x"}',
+    "backslashes": b'{"name": "\\\\x41 \\u0000"}',
+    "no UTF-8": b'{"name": "\xff\xfe"}',
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_body_comes_back_exactly(send, query, name):
+    assert send(BODIES[name]).status_code == 200
+    digest = hashlib.sha256(BODIES[name]).hexdigest()
+    assert query("SELECT rowid, body, body_sha256 FROM events") == [(1, BODIES[name], digest)]
+
+
+def test_journal_is_append_only_for_whoever_is_connected(send, query):
+    send(build(event_id="evt_1", inquiry_id="inq_1"))
+    for statement in (
+        "DELETE FROM events",
+        "TRUNCATE events",
+        "UPDATE events SET name = 'x'",
+        "UPDATE events SET rowid = 7",
+        "UPDATE events SET body = 'x'",
+        "UPDATE events SET inquiry_id = 'inq_2'",
+    ):
+        with pytest.raises(Exception, match="append-only"):
+            query(statement)
+    assert query("SELECT rowid, event_id, inquiry_id FROM events") == [(1, "evt_1", "inq_1")]
+
+
+def test_keys_are_in_the_order_of_their_bytes(send, query):
+    for person in ("a", "B", "_", "Z", "é"):
+        send("inquiry.approved", reference_id=person)
+    rows = query("SELECT reference_id FROM kyc_status ORDER BY reference_id")
+    assert [row[0] for row in rows] == ["B", "Z", "_", "a", "é"]
+
+
+def test_handler_may_catch_the_error_of_a_statement_and_go_on(send, db, handlers):
+    db.execute("CREATE TABLE accounts_opened (person TEXT PRIMARY KEY)")
+
+    @kyc.on("inquiry.approved")
+    def open_account(db, event):
+        db.execute("SAVEPOINT mine")
+        for _ in range(2):
+            with contextlib.suppress(sqlite3.IntegrityError):
+                db.execute("INSERT INTO accounts_opened VALUES (?)", (event.reference_id,))
+        db.execute("RELEASE mine")
+
+    for event_id in ("evt_1", "evt_2"):
+        assert send(build(event_id=event_id, reference_id="user-1")).status_code == 200
+    assert db.execute("SELECT count(*) FROM accounts_opened").fetchone()[0] == 1
+
+
+def test_deadlock_with_a_stranger_is_tried_again(app, send, db, handlers, query, cluster, database):
+    db.execute("CREATE TABLE first (n INTEGER)")
+    db.execute("CREATE TABLE second (n INTEGER)")
+    for table in ("first", "second"):
+        db.execute(f"INSERT INTO {table} VALUES (0)")  # noqa: S608
+    runs, ready, go = [], threading.Event(), threading.Event()
+
+    @kyc.on("inquiry.approved")
+    def cross(db, event):
+        runs.append(event.event_id)
+        db.execute("SET LOCAL deadlock_timeout = '10ms'")
+        db.execute("UPDATE first SET n = n + 1")
+        ready.set()
+        go.wait(5)
+        db.execute("UPDATE second SET n = n + 1")
+
+    def stranger():
+        query(
+            "BEGIN",
+            "SET LOCAL deadlock_timeout = '60s'",
+            "UPDATE second SET n = n + 1",
+            "SELECT pg_sleep(0.3)",
+            "UPDATE first SET n = n + 1",
+            "COMMIT",
+        )
+
+    thread = threading.Thread(target=stranger)
+    thread.start()
+    threading.Timer(0.8, go.set).start()
+    answer = send(build(event_id="evt_1"))
+    thread.join()
+    assert (answer.status_code, len(runs) > 1) == (200, True)
+    assert query("SELECT n FROM first") == query("SELECT n FROM second") == [(2,)]
+
+
+def test_several_that_start_at_once_make_the_tables_once(environ, query):
+    config, errors = kyc.read_config(environ), []
+
+    def start():
+        try:
+            kyc.prepare_database(config)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert query("SELECT count(*) FROM journal_lock") == [(1,)]
+    assert query("SELECT count(*) FROM rules_in_force") == [(1,)]
+
+
+def test_commits_are_synchronous_whatever_the_server_says(app, cluster, query):
+    query("ALTER ROLE postgres SET synchronous_commit = off")
+    try:
+        with contextlib.closing(app.config["KYC"].database.connect()) as db:
+            assert db.execute("SHOW synchronous_commit").fetchone()[0] == "on"
+    finally:
+        query("ALTER ROLE postgres RESET synchronous_commit")
+
+
+def test_password_is_not_printed(environ):
+    url = "postgresql://kyc:secret-word@127.0.0.1:1/kyc?connect_timeout=2"
+    config = kyc.read_config({"DATABASE_URL": url})
+    assert "secret-word" not in f"{config} {config.database}"
+    with pytest.raises(kyc.DatabaseError) as error:
+        kyc.prepare_database(config)
+    assert "secret-word" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["", "mysql://x/y", "postgresql://[", "kyc.db"])
+def test_other_url_is_refused(url):
+    with pytest.raises(kyc.ConfigError, match="DATABASE_URL must be"):
+        kyc.read_config({"DATABASE_URL": url})
+
+
+def test_foreign_table_is_left_alone(environ, query):
+    query("CREATE TABLE events (id INTEGER)")
+    with pytest.raises(kyc.UnusableError, match="another application"):
+        kyc.prepare_database(kyc.read_config(environ))
+
+
+# Two machines
+
+
+class Follower:
+    """Reads the journal by position, as the team's app does, until it is stopped."""
+
+    def __init__(self, query):
+        self.query, self.rows, self.stopping = query, [], False
+        self.thread = threading.Thread(target=self.run)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopping = True
+        self.thread.join()
+
+    def run(self):
+        last = False
+        while not last:
+            last = self.stopping
+            after = self.rows[-1][0] if self.rows else 0
+            query = f"SELECT rowid, event_id FROM events WHERE rowid > {after} ORDER BY rowid"  # noqa: S608
+            with contextlib.suppress(Exception):
+                self.rows += self.query(query)
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def machines(serve, tmp_path):
+    """Two servers, each in a folder of its own, on one database."""
+    return [serve(cwd=deploy(tmp_path / name)) for name in ("one", "two")]
+
+
+@contextlib.contextmanager
+def under_load(machines, query, clients=4):
+    """Send to both machines for the block; then nothing is lost, doubled or passed over."""
+    with (
+        Follower(query) as follower,
+        Load(machines[0].port, clients, "a") as one,
+        Load(machines[1].port, clients, "b") as two,
+    ):
+        wait_until(lambda: len(one.accepted) > 20 and len(two.accepted) > 20, 20)
+        yield one, two
+        numbers = [len(load.accepted) for load in (one, two)]
+        wait_until(  # both recover by themselves
+            lambda: all(
+                len(load.accepted) > number + 20
+                for load, number in zip((one, two), numbers, strict=True)
+            ),
+            20,
+        )
+    rows = query("SELECT rowid, event_id, body FROM events ORDER BY rowid")
+    assert [row[0] for row in rows] == list(range(1, len(rows) + 1))
+    assert follower.rows == [row[:2] for row in rows]
+    bodies = {event_id: body for _, event_id, body in rows}
+    assert len(bodies) == len(rows)
+    accepted = one.accepted | two.accepted
+    assert [key for key, body in accepted.items() if bodies.get(key) != body] == []
+    people = "SELECT event_id, status FROM kyc_status"
+    standing = dict(query(people))
+    assert set(standing) == set(bodies)
+    assert set(standing.values()) == {"approved"}
+    for load in (one, two):
+        assert max(load.seconds) < 5
+        assert {one for one in load.answers if isinstance(one, int)} <= {200, 503}
+
+
+def test_kills_of_one_machine(machines, query):
+    with under_load(machines, query):
+        for _ in range(60 if LONG else 5):
+            for worker in children(machines[0]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+            time.sleep(0.4)
+
+
+def test_immediate_stop_and_restart_of_the_server(machines, query, cluster):
+    with under_load(machines, query) as loads:
+        for _ in range(20 if LONG else 2):
+            cluster.stop("immediate")
+            time.sleep(0.3)
+            cluster.start()
+            time.sleep(0.3)
+    assert all(load.answers[503] for load in loads)
+
+
+def test_terminated_connections(machines, query):
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kyc'"
+    with under_load(machines, query):
+        for _ in range(40 if LONG else 5):
+            query(others)
+            time.sleep(0.2)
+
+
+def test_hanging_server_is_503_in_time(machines, query, cluster):
+    with under_load(machines, query) as loads:
+        with cluster.paused():
+            time.sleep(7)
+        time.sleep(1)
+    assert all(load.answers[503] for load in loads)
+
+
+def test_full_disk_of_the_server_is_503(machines, query):
+    full = "BEGIN RAISE EXCEPTION USING ERRCODE = '53100', MESSAGE = 'the disk is full'; END"
+    with under_load(machines, query) as loads:
+        query(
+            f"CREATE FUNCTION fill() RETURNS trigger LANGUAGE plpgsql AS $$ {full} $$",
+            "CREATE TRIGGER fill AFTER INSERT ON events EXECUTE FUNCTION fill()",
+        )
+        wait_until(lambda: all(load.answers[503] > 5 for load in loads))
+        query("DROP TRIGGER fill ON events")
+    assert all(load.answers[503] for load in loads)
+
+
+def test_stranger_that_holds_a_lock_is_503_in_time(machines, query):
+    with under_load(machines, query) as loads:
+        query("BEGIN", "LOCK TABLE events IN EXCLUSIVE MODE", "SELECT pg_sleep(5)")
+    assert all(load.answers[503] for load in loads)
+
+
+# Moving over
+
+
+def test_copy_moves_a_journal_and_goes_on_where_it_was_interrupted(
+    tmp_path, cluster, database, monkeypatch
+):
+    monkeypatch.undo()  # the source is a file
+    source = {"KYC_DATABASE": str(tmp_path / "source.db"), "PERSONA_WEBHOOK_SECRET": "x" * 16}
+    source |= {"FLASK_RUN_FROM_CLI": "true"}
+    kyc.prepare_database(kyc.read_config(source))
+    app = kyc.create_app(source)
+    client, run = app.test_client(), app.test_cli_runner()
+
+    def send(name, **ids):
+        body = ids.pop("body", None) or build(name, **ids)
+        assert client.post("/webhook", data=body, headers=sign(body, "x" * 16)).status_code == 200
+
+    for number in range(30):
+        send("inquiry.approved", reference_id=f"user-{number}", inquiry_id=f"inq_{number}")
+    send("inquiry.redacted", inquiry_id="inq_3")
+    send("", body=b"\xff\0 no event")
+    url = cluster.database(str(tmp_path / "target"))
+    monkeypatch.setattr("postgres.copy.CHUNK", 7)
+    result = run.invoke(args=["copy", url])
+    assert result.exit_code == 0, result.output
+    assert "32 events compared" in result.output
+    send("inquiry.declined", reference_id="user-1", inquiry_id="inq_1b")
+    send("inquiry.redacted", inquiry_id="inq_5")
+    result = run.invoke(args=["copy", url])
+    assert "34 events compared" in result.output, result.output
+    app.extensions["journal"].stop()
+    schema = cluster.schemas[str(tmp_path / "target")]
+    with contextlib.closing(sqlite3.connect(tmp_path / "source.db")) as db:
+        for query in (
+            "SELECT * FROM kyc_status ORDER BY 1",
+            "SELECT subject_id, redacted_before, ordered_by FROM redactions ORDER BY 1",
+            "SELECT rowid, event_id, body_sha256, body IS NULL FROM events ORDER BY 1",
+        ):
+            assert cluster.execute(query, schema=schema) == db.execute(query).fetchall()
+    target = kyc.create_app({"DATABASE_URL": url, "FLASK_RUN_FROM_CLI": "true"})
+    checked = target.test_cli_runner().invoke(args=["check", "--full"]).output
+    assert "0 of" in checked
+    assert "rows differ" in checked
