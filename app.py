@@ -705,10 +705,7 @@ class Journal:
         """Store `batch` in one transaction, run its handlers in another; set each outcome."""
         db, began = self.open(), time.perf_counter()
         deliveries = [delivery for delivery in batch if delivery.event]
-        with transaction(db):
-            outcomes = store(db, deliveries)
-            if len(deliveries) < len(batch):
-                db.execute(PROBE)
+        outcomes = self.write(db, deliveries, probing=len(deliveries) < len(batch))
         for delivery, outcome in zip(deliveries, outcomes, strict=True):
             delivery.outcome = outcome
             self.wal_bytes += EVENT_BYTES + len(delivery.body)
@@ -718,6 +715,14 @@ class Journal:
         self.busy_since = None
         for delivery in batch:
             delivery.outcome = delivery.outcome or STORED  # a probe
+
+    def write(self, db: Connection, deliveries: list[Delivery], probing: bool) -> list[str | None]:
+        """Store `deliveries` in a transaction of its own; return what became of each."""
+        with transaction(db):
+            outcomes = store(db, deliveries)
+            if probing:
+                db.execute(PROBE)
+        return outcomes
 
     def look_after(self, resting: bool) -> None:
         """Look at the files, go on with a rebuild, and copy the WAL; once a second, or when due.

@@ -47,7 +47,7 @@ BEGIN
     RETURN NEW;
 END $$;
 CREATE TRIGGER events_take_position BEFORE INSERT ON events
-    FOR EACH ROW EXECUTE FUNCTION events_take_position();
+    FOR EACH ROW WHEN (NEW.rowid IS NULL) EXECUTE FUNCTION events_take_position();
 
 -- `flask copy` brings the redactions themselves.
 CREATE FUNCTION redactions_refuse_repeated() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -104,7 +104,7 @@ DECLARE
     found TEXT[];
     persons TEXT[];
 BEGIN
-    IF inquiry_ids <> '{}' THEN
+    IF inquiry_ids IS NOT NULL THEN
         -- An account's reference ID cannot change when an inquiry with the same one was added, or
         -- got a newer deciding event.
         WITH changes AS MATERIALIZED (SELECT c.before AS old, c.after AS new,
@@ -124,7 +124,7 @@ BEGIN
         people := people || persons;
         account_ids := account_ids || found;
     END IF;
-    IF account_ids <> '{}' THEN
+    IF account_ids IS NOT NULL THEN
         WITH changes AS MATERIALIZED (SELECT c.before AS old, c.after AS new,
             COALESCE((c.before).account_id, (c.after).account_id) AS account_id
             FROM update_accounts(account_ids) AS c)
@@ -136,7 +136,7 @@ BEGIN
             WHERE a.account_id = i.account_id), i.account_id)
         WHERE i.account_id = ANY (found) AND i.reference_id IS NULL;
     END IF;
-    IF object_ids <> '{}' THEN
+    IF object_ids IS NOT NULL THEN
         WITH changes AS MATERIALIZED (
             SELECT c.before AS old, c.after AS new FROM update_holds(object_ids) AS c),
         sides AS (SELECT (old).* FROM changes UNION ALL SELECT (new).* FROM changes)
@@ -153,45 +153,63 @@ BEGIN
     RETURN QUERY SELECT c.before, c.after FROM update_kyc_status(people) AS c;
 END $$;
 
--- What `store` of app.py does: journal and project a batch; return what became of each.
-CREATE FUNCTION store(batch JSON, bodies BYTEA) RETURNS TEXT[] LANGUAGE plpgsql AS $$
+-- What `store` of app.py does: journal and project a batch, of which no event comes twice. Return
+-- what became of each. The mentions are pairs of an ID and an event's ID.
+CREATE FUNCTION store(ids TEXT[], batch JSON, bodies BYTEA, mentioned JSON) RETURNS TEXT[]
+LANGUAGE plpgsql AS $$
 DECLARE
     last BIGINT;
-    ids TEXT[];
+    known TEXT[];
+    stored events[];
+    outcomes TEXT[];
     inquiry_ids TEXT[];
     account_ids TEXT[];
     object_ids TEXT[];
 BEGIN
     PERFORM 1 FROM journal_lock FOR UPDATE;
     last := COALESCE((SELECT max(rowid) FROM events), 0);
-    INSERT INTO events (event_id, name, created_at, received_at, object_type, object_id,
-        object_status, inquiry_id, account_id, reference_id, template_id, source, signed_by,
-        attempt, body_sha256, state, body)
-    SELECT event_id, name, created_at, received_at, object_type, object_id,
-        object_status, inquiry_id, account_id, reference_id, template_id, source, signed_by,
-        attempt, body_sha256, state, substring(bodies FROM start FOR size)
-    FROM json_to_recordset(batch -> 'events') AS b (event_id TEXT, name TEXT, created_at TEXT,
-        received_at TEXT, object_type TEXT, object_id TEXT, object_status TEXT, inquiry_id TEXT,
-        account_id TEXT, reference_id TEXT, template_id TEXT, source TEXT, signed_by TEXT,
-        attempt BIGINT, body_sha256 TEXT, state TEXT, start INTEGER, size INTEGER)
-    ON CONFLICT DO NOTHING;
-    ids := ARRAY (SELECT json_array_elements_text(batch -> 'ids'));
-    IF json_array_length(batch -> 'mentions') > 0 THEN
+    known := ARRAY (SELECT event_id FROM events WHERE event_id = ANY (ids));
+    WITH events_new AS (
+        INSERT INTO events SELECT last + row_number() OVER (), b.event_id, b.name, b.created_at,
+            b.received_at, b.object_type, b.object_id, b.object_status, b.inquiry_id,
+            b.account_id, b.reference_id, b.template_id, b.source, b.signed_by, b.attempt,
+            b.body_sha256, b.state, NULL, NULL, substring(bodies FROM b.start FOR b.size)
+        FROM json_to_recordset(batch) AS b (event_id TEXT, name TEXT, created_at TEXT,
+            received_at TEXT, object_type TEXT, object_id TEXT, object_status TEXT,
+            inquiry_id TEXT, account_id TEXT, reference_id TEXT, template_id TEXT, source TEXT,
+            signed_by TEXT, attempt BIGINT, body_sha256 TEXT, state TEXT, start INTEGER,
+            size INTEGER)
+        WHERE b.event_id <> ALL (known) RETURNING *)
+    SELECT array_agg(CASE state WHEN 'processed' THEN 'stored' WHEN 'unrecognized' THEN state END
+            ORDER BY rowid),
+        array_agg(inquiry_id) FILTER (WHERE inquiry_id IS NOT NULL),
+        array_agg(account_id) FILTER (WHERE object_type = 'account' AND reference_id IS NOT NULL),
+        array_agg(object_id) FILTER (WHERE object_id IS NOT NULL AND EXISTS (
+            SELECT 1 FROM hold_rules AS r WHERE e.name ILIKE r.name OR e.name ILIKE r.cleared_by))
+    INTO outcomes, inquiry_ids, account_ids, object_ids FROM events_new AS e;
+    IF known <> '{}' THEN  -- whose copies may name IDs that they lacked
+        INSERT INTO events (event_id, name, created_at, received_at, object_status, inquiry_id,
+            account_id, reference_id, template_id, source, body_sha256, state)
+        SELECT b.event_id, '', '', b.received_at, b.object_status, b.inquiry_id,
+            b.account_id, b.reference_id, b.template_id, 'webhook', '', 'processed'
+        FROM json_to_recordset(batch) AS b (event_id TEXT, received_at TEXT, object_status TEXT,
+            inquiry_id TEXT, account_id TEXT, reference_id TEXT, template_id TEXT)
+        WHERE b.event_id = ANY (known);
+        SELECT array_agg(e.inquiry_id), array_agg(e.account_id) FILTER (
+                WHERE e.object_type = 'account' AND e.reference_id IS NOT NULL),
+            array_agg(e.object_id)
+        INTO inquiry_ids, account_ids, object_ids FROM events AS e WHERE e.event_id = ANY (ids);
+        outcomes := ARRAY (SELECT CASE e.state WHEN 'processed' THEN
+                CASE WHEN e.rowid > last THEN 'stored' ELSE 'duplicate' END
+                WHEN 'unrecognized' THEN 'unrecognized' END
+            FROM unnest(ids) WITH ORDINALITY AS b (id, n) JOIN events AS e ON e.event_id = b.id
+            ORDER BY b.n);
+    END IF;
+    IF mentioned IS NOT NULL THEN
         INSERT INTO mentions (id, position) SELECT m ->> 0, e.rowid
-        FROM json_array_elements(batch -> 'mentions') AS m JOIN events AS e ON e.event_id = m ->> 1
+        FROM json_array_elements(mentioned) AS m JOIN events AS e ON e.event_id = m ->> 1
         ON CONFLICT DO NOTHING;
     END IF;
-    SELECT COALESCE(array_agg(e.inquiry_id) FILTER (WHERE e.inquiry_id IS NOT NULL), '{}'),
-        COALESCE(array_agg(e.account_id) FILTER (
-            WHERE e.object_type = 'account' AND e.reference_id IS NOT NULL), '{}'),
-        COALESCE(array_agg(e.object_id) FILTER (WHERE e.object_id IS NOT NULL AND EXISTS (
-            SELECT 1 FROM hold_rules AS r
-            WHERE e.name ILIKE r.name OR e.name ILIKE r.cleared_by)), '{}')
-    INTO inquiry_ids, account_ids, object_ids FROM events AS e WHERE e.event_id = ANY (ids);
     PERFORM 1 FROM refresh(inquiry_ids, account_ids, object_ids, '{}');
-    RETURN ARRAY (SELECT CASE e.state WHEN 'unrecognized' THEN 'unrecognized'
-            WHEN 'processed' THEN CASE WHEN e.rowid > last AND array_position(ids, b.id) = b.nth
-                THEN 'stored' ELSE 'duplicate' END END
-        FROM unnest(ids) WITH ORDINALITY AS b (id, nth) JOIN events AS e ON e.event_id = b.id
-        ORDER BY b.nth);
+    RETURN outcomes;
 END $$;
