@@ -35,6 +35,8 @@ LOOK_SECONDS = 0.5  # between looks for new changes
 NOTE_SECONDS = 1.0  # after which it is noted what was accepted
 AT_ONCE = 100  # changes that are read, or people that are put in line, at once
 
+COLUMNS = """previous_status, previous_hold, reference_id, status, hold, inquiry_id, account_id,
+        template_id, event_id, event_name, event_at, updated_at"""
 # Made by the first start of this command: only who forwards has them.
 SCHEMA = """
 -- `flask forward`, once it was started: one row.
@@ -70,15 +72,15 @@ CREATE TABLE IF NOT EXISTS forward_queue (
 CREATE TRIGGER IF NOT EXISTS kyc_status_forward_new AFTER INSERT ON kyc_status
 WHEN EXISTS (SELECT 1 FROM forwarding)
 BEGIN
-    INSERT INTO forward_queue
-    SELECT NULL, NULL, NULL, k.* FROM kyc_status AS k WHERE k.reference_id = NEW.reference_id;
+    INSERT INTO forward_queue ({columns})
+    SELECT NULL, NULL, k.* FROM kyc_status AS k WHERE k.reference_id = NEW.reference_id;
 END;
 
 CREATE TRIGGER IF NOT EXISTS kyc_status_forward_changed AFTER UPDATE ON kyc_status
 WHEN EXISTS (SELECT 1 FROM forwarding)
 BEGIN
-    INSERT INTO forward_queue
-    SELECT NULL, OLD.status, OLD.hold, k.* FROM kyc_status AS k
+    INSERT INTO forward_queue ({columns})
+    SELECT OLD.status, OLD.hold, k.* FROM kyc_status AS k
     WHERE k.reference_id = NEW.reference_id;
 END;
 
@@ -88,10 +90,10 @@ BEGIN
     INSERT INTO forward_queue (previous_status, previous_hold, reference_id, updated_at)
     VALUES (OLD.status, OLD.hold, OLD.reference_id, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'));
 END;
-"""
+""".replace("{columns}", COLUMNS)
 ENTER = """
     INSERT INTO forwarding VALUES (1, ?, 0, NULL, 0, NULL, NULL, '')
-    ON CONFLICT DO UPDATE SET url = excluded.url
+    ON CONFLICT (one) DO UPDATE SET url = excluded.url
 """
 WAITING = "SELECT * FROM forward_queue ORDER BY position LIMIT ?"
 ACCEPT = """
@@ -104,19 +106,27 @@ REFUSE = """
 """
 NEXT_PEOPLE = """
     SELECT max(reference_id) FROM (SELECT reference_id FROM kyc_status
-        WHERE reference_id > (SELECT begun_with FROM forwarding) ORDER BY reference_id LIMIT ?)
+        WHERE reference_id > (SELECT begun_with FROM forwarding) ORDER BY reference_id LIMIT ?) AS k
 """
 BEGIN_WITH = """
-    INSERT INTO forward_queue SELECT NULL, NULL, NULL, k.* FROM kyc_status AS k
+    INSERT INTO forward_queue ({columns}) SELECT NULL, NULL, k.* FROM kyc_status AS k
     WHERE k.reference_id > (SELECT begun_with FROM forwarding) AND k.reference_id <= ?
     ORDER BY k.reference_id
-"""
+""".replace("{columns}", COLUMNS)
 STANDING = """
     SELECT f.url, f.position, f.accepted_at, f.attempts, f.failing_since, f.error,
         (SELECT count(*) FROM forward_queue) AS waiting,
         (SELECT updated_at FROM forward_queue ORDER BY position LIMIT 1) AS waiting_since,
         (SELECT count(*) FROM kyc_status WHERE reference_id > f.begun_with) AS not_begun
     FROM forwarding AS f
+"""
+
+
+RUNS_ALREADY = "flask forward runs already on this database"
+NAME = "kyc forward"  # of a connection to PostgreSQL, held while it runs, on whichever machine
+COUNT_NAMED = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE application_name = ? AND datname = current_database() AND usename = current_user
 """
 
 
@@ -181,13 +191,19 @@ def read_secrets() -> tuple[bytes, ...]:
 
 @contextlib.contextmanager
 def only_one() -> Iterator[None]:
-    """Hold the lock of this command for the block."""
+    """Hold the lock of this command for the block; on PostgreSQL be the one of this name."""
+    if cli.on_postgres():
+        with contextlib.closing(cli.database_path().connect(name=NAME)) as db:
+            if db.execute(COUNT_NAMED, (NAME,)).fetchone()[0] > 1:
+                raise click.ClickException(RUNS_ALREADY)
+            yield
+        return
     file = open_lock()
     try:
         kyc.wait_for_lock(file, seconds=1)
     except kyc.DatabaseError:
         os.close(file)
-        raise click.ClickException("flask forward runs already on this database") from None
+        raise click.ClickException(RUNS_ALREADY) from None
     try:
         yield
     finally:
@@ -244,6 +260,10 @@ def look(last: dict[str, Any]) -> sqlite3.Connection:
     number.
     """
     path = cli.database_path()
+    if cli.on_postgres():
+        db = cli.open_database()
+        last["database"] = path
+        return db
     database, wal, _ = kyc.identify(path)
     if last and database != last["database"] and wal == last["wal"]:
         raise kyc.DatabaseError("the file was replaced, and the WAL of the old one is there")
@@ -377,6 +397,9 @@ def show_status(as_json: bool) -> None:
 
 def is_running() -> bool:
     """Tell whether another process forwards."""
+    if cli.on_postgres():
+        with contextlib.closing(cli.open_database(readonly=True)) as db:
+            return db.execute(COUNT_NAMED, (NAME,)).fetchone()[0] > 0
     file = open_lock()
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -142,8 +142,8 @@ def answer_bad_query(error: BadQueryError) -> Response:
 @routes.errorhandler(sqlite3.Error)
 def answer_unreadable(error: Exception) -> Response:
     """Answer 503 when the database cannot be read, or not in time."""
-    reason = kyc.describe_error(error)
-    reason = "it took too long" if reason == "interrupted" else reason
+    late = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
+    reason = "it took too long" if late else kyc.describe_error(error)
     kyc.log.warning("outcome=unreadable reason=%s", kyc.quote(reason))
     response = kyc.answer(503, {"error": "The database could not be read", "reason": reason})
     response.headers["Retry-After"] = "2"

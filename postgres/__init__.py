@@ -98,6 +98,7 @@ CHANGES = (  # of the words of ../schema.sql, in this order
     (r"\bTEXT\b", 'TEXT COLLATE "C"'),  # keys are compared as bytes, as SQLite does
     (r"\bINTEGER\b", "BIGINT"),
     (r"\bANY\b", "BYTEA"),
+    (r"\bPRIMARY KEY AUTOINCREMENT\b", "PRIMARY KEY DEFAULT next_change()"),
     (r"\bLIKE\b", "ILIKE"),  # as SQLite's, which knows no case
     (r"\) STRICT(, WITHOUT ROWID)?;", ");"),
     (r"SELECT RAISE\(IGNORE\);", "RETURN NULL;"),
@@ -267,6 +268,11 @@ class Connection:
             cursor.executemany(statement, rows)
             return cursor
 
+    def executescript(self, script: str) -> None:
+        """Run statements that define tables and triggers."""
+        with self.answering("CREATE"):
+            self.session.execute(translate_schema(script).replace("BEGIN IMMEDIATE", "BEGIN"))
+
     def begin(self) -> psycopg.Cursor:
         """Begin a transaction that writes, when the one before has ended."""
         self.conflict = False
@@ -320,7 +326,7 @@ class Connection:
         mentions = [one for delivery in deliveries for one in kyc.read_mentions(delivery)]
         with self.answering("SELECT"):
             values = (ids, json.dumps(events), bodies, json.dumps(mentions) if mentions else None)
-            return self.session.execute(STORE, values).fetchone()[0]
+            return self.session.execute(STORE, values).fetchone()[0] or []
 
     def refresh(self, keys: list[Iterable[str]]) -> list[kyc.Change]:
         """Do what app.refresh does, on the server."""
@@ -374,7 +380,7 @@ def raise_unauthorized() -> None:
 
 USUAL = {  # unless the URL says otherwise; keepalives notice a machine that is gone
     **{"connect_timeout": 3, "keepalives_idle": 5, "keepalives_interval": 2},
-    **{"keepalives_count": 3, "tcp_user_timeout": 4000, "application_name": "kyc"},
+    **{"keepalives_count": 3, "tcp_user_timeout": 4000},
 }
 SETTINGS = """
     SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
@@ -402,7 +408,9 @@ class Address:
         parts = conninfo_to_dict(self.url)
         return f"postgresql://{parts.get('host', '')}/{parts.get('dbname', '')}"
 
-    def connect(self, *, readonly: bool = False, seconds: float | None = None) -> Connection:
+    def connect(
+        self, *, readonly: bool = False, seconds: float | None = None, name: str = "kyc"
+    ) -> Connection:
         """Open a connection, on which no statement takes more than `seconds`.
 
         Raises DatabaseError when the server cannot be reached, or the tables are of another
@@ -410,7 +418,7 @@ class Address:
         """
         own = conninfo_to_dict(self.url)
         usual = USUAL if readonly else {**USUAL, "target_session_attrs": "read-write"}
-        options = {**usual, **own, "client_encoding": "utf8"}
+        options = {**usual, **own, "client_encoding": "utf8", "application_name": name}
         limit = f"{int((seconds or 0) * 900)}ms"  # the server should give up first
         try:
             session = Session.connect(

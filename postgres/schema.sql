@@ -32,6 +32,11 @@ CREATE FUNCTION glob(pattern TEXT, whole TEXT) RETURNS BOOLEAN IMMUTABLE STRICT 
 CREATE FUNCTION json_each(list TEXT) RETURNS TABLE (value TEXT) IMMUTABLE STRICT LANGUAGE sql
     AS 'SELECT json_array_elements_text(list::json)';
 
+-- Which tables there are.
+CREATE VIEW sqlite_schema AS SELECT relname::TEXT AS name,
+        CASE relkind WHEN 'r' THEN 'table' WHEN 'v' THEN 'view' ELSE 'index' END AS type
+    FROM pg_class WHERE relnamespace = current_schema()::regnamespace;
+
 CREATE FUNCTION group_concat_step(before TEXT, one TEXT, gap TEXT) RETURNS TEXT IMMUTABLE
     LANGUAGE sql AS 'SELECT COALESCE(before || gap || one, one, before)';
 CREATE AGGREGATE group_concat(TEXT, TEXT) (SFUNC = group_concat_step, STYPE = TEXT);
@@ -48,6 +53,13 @@ BEGIN
 END $$;
 CREATE TRIGGER events_take_position BEFORE INSERT ON events
     FOR EACH ROW WHEN (NEW.rowid IS NULL) EXECUTE FUNCTION events_take_position();
+
+-- The same for what `flask forward` queues, also after what was accepted has left the queue.
+CREATE FUNCTION next_change() RETURNS BIGINT LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN 1 + GREATEST((SELECT max(position) FROM forward_queue),
+        (SELECT max(position) FROM forwarding), 0);
+END $$;
 
 -- `flask copy` brings the redactions themselves.
 CREATE FUNCTION redactions_refuse_repeated() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -88,8 +100,8 @@ BEGIN
         written AS (INSERT INTO {table} AS old ({columns}) SELECT * FROM rules
             ON CONFLICT ({identity}) DO UPDATE SET ({columns}) = ROW (excluded.*)
             WHERE ({old}) IS DISTINCT FROM ({new}) RETURNING old)
-    SELECT p.t, w.old FROM written AS w LEFT JOIN present AS p ON {same}
-    UNION ALL SELECT g.t, NULL FROM gone AS g;
+    SELECT g.t, NULL FROM gone AS g  -- first: who follows the changes sees a key go and come
+    UNION ALL SELECT p.t, w.old FROM written AS w LEFT JOIN present AS p ON {same};
 END $$;
 
 

@@ -26,7 +26,7 @@ def test_both_forms_hold_every_row(kind, filled, runner, db):
     for line, row in zip(lines, wanted, strict=True):
         assert "body" not in line
         assert {**line, "position": None} == {
-            **{name: value for name, value in row.items() if name != "body"},
+            **{name: value for name, value in row.items() if name not in ("body", "rowid")},
             "position": None,
         }
     rows = list(csv.DictReader(io.StringIO(runner("export", kind).output)))
@@ -38,7 +38,7 @@ def test_both_forms_hold_every_row(kind, filled, runner, db):
 def test_bodies_never_leave(send, runner, filled, db):
     for kind in ("people", "events", "redactions"):
         assert "Jane" not in runner("export", kind, "--jsonl").output
-    assert "Jane" in db.execute("SELECT body FROM events").fetchone()[0]
+    assert "Jane" in str(db.execute("SELECT body FROM events ORDER BY rowid").fetchone()[0])
 
 
 def test_without_rows_csv_has_its_head(runner):
