@@ -45,7 +45,7 @@ SAME = {  # statements of app.py -> what they are here
 }
 DIFFERENT = re.compile(
     r"""(?P<literal>'[^']*') | (?P<comment>--[^\n]*)
-    | (?P<several>(?<!NOT\ )\bIN\ \((?:\?(?:,\ )?)+\)) | (?P<one>\?) | (?<![\w:]):(?P<name>[a-z]\w*)
+    | (?P<several>(?<!NOT\ )\bIN\ \((?:\?(?:,\ )?)+\)) | \?(?P<number>[0-9]+) | (?P<one>\?) | (?<![\w:]):(?P<name>[a-z]\w*)
     | (?P<unlike>\bIS\ NOT\b)(?!\ (?:NULL|DISTINCT)\b) | (?P<like>\bIS\b)(?!\ (?:NULL|NOT)\b)
     | (?P<glob>(?P<left>[\w.]+)\ GLOB\ (?P<right>:\w+|'[^']*'))""",
     re.VERBOSE,
@@ -68,6 +68,8 @@ def translate(sql: str) -> tuple[str, tuple[int, ...]]:
             return "%s" if kind == "one" else "= ANY(%s)"
         if found["glob"]:
             return f"glob({DIFFERENT.sub(change, found['right'])}, {found['left']})"
+        if kind == "number":
+            return f"%(n{found['number']})s"
         if kind == "name":  # of one that may be NULL the type must be told
             return f"%({found['name']})s" + "::TEXT" * found.string.startswith(
                 " IS NULL", found.end()
@@ -82,7 +84,12 @@ def translate(sql: str) -> tuple[str, tuple[int, ...]]:
 
 
 def arrange(values: Any, widths: tuple[int, ...]) -> Any:
-    """Return the values of a statement with those of each IN as one list."""
+    """Return the values of a statement with those of each IN as one list.
+
+    Those of a statement with ?1 and ?2 are named n1 and n2.
+    """
+    if values and not widths and not isinstance(values, Mapping):
+        return {f"n{number}": value for number, value in enumerate(values, 1)}
     if not any(widths):
         return values
     rest = iter(values)
@@ -294,11 +301,11 @@ class Connection:
         try:
             if self.protected:
                 self.protect(statement)
-            elif self.conflict and statement == "ROLLBACK TO handlers":
-                raise ConflictError("another transaction was in conflict")
             elif statement == "COMMIT" and self.has_failed():
                 raise psycopg.OperationalError("the transaction has failed")  # it would roll back
             yield
+            if statement == "ROLLBACK" and self.conflict:  # in a handler, which has hidden it
+                raise ConflictError("another transaction was in conflict")
         except psycopg.Error as error:
             if self.shielded and not self.session.closed:
                 self.session.execute("ROLLBACK TO statement")
@@ -347,8 +354,8 @@ class Connection:
         words = statement.lower().rstrip("; ").split() or [""]
         ends = words[0] in ("begin", "start", "commit", "end", "abort", "rollback", "prepare")
         inner = words[0] in ("savepoint", "release") or words[:2] == ["rollback", "to"]
-        if (ends and not inner) or (inner and words[-1] == "handlers"):
-            raise_unauthorized()
+        if ends and not inner:
+            raise sqlite3.DatabaseError("not authorized")
         before = ["RELEASE statement"] if self.shielded else []
         before += [] if inner else ["SAVEPOINT statement"]
         if before:
@@ -367,11 +374,6 @@ class Connection:
     def close(self) -> None:
         """End the connection."""
         self.session.close()
-
-
-def raise_unauthorized() -> None:
-    """Raise what SQLite raises for what its authorizer denies."""
-    raise sqlite3.DatabaseError("not authorized")
 
 
 # --------------------------------------------------------------------------------------
