@@ -1,73 +1,130 @@
-"""Measure the service on PostgreSQL: python bench/on_postgres.py [seconds] [rounds] [connections].
+"""Measure the service on PostgreSQL: python bench/on_postgres.py [--seconds N] [--rounds N].
 
-Against the textbook design on PostgreSQL, and itself on SQLite. A server of its own is started;
-it is not pinned, the workers are.
+Against the textbook design on PostgreSQL, and against itself on SQLite. It starts a PostgreSQL
+server of its own, which has the cores that the worker has not, as wrk; alike for both designs.
+It writes POSTGRES.md.
 """
 
+import argparse
 import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 from events import write_requests
-from server import BENCH, ROOT, Server, environment
+from machine import time_fsync
+from server import BENCH, CORES, ROOT, Server, environment, fail
 
 sys.path.insert(0, str(ROOT / "tests"))
 from cluster import Cluster
 
 OURS, BOOK, FILE = "this on PostgreSQL", "textbook on PostgreSQL", "this on SQLite"
 MODULES = {OURS: "app", BOOK: "textbook_postgres", FILE: "app"}
-SUPPLY = 4000
+CONNECTIONS = (1, 16, 64)
+RATIOS = (  # what, of which, to which; its floor and its aim
+    ("events/s of this ÷ textbook, 16 connections", 16, OURS, BOOK, "1.0", "1.5"),
+    ("events/s of this ÷ itself on SQLite, 16 connections", 16, OURS, FILE, "0.5", ""),
+    ("events/s of this ÷ textbook, 1 connection", 1, OURS, BOOK, "", ""),
+    ("events/s of this ÷ itself on SQLite, 1 connection", 1, OURS, FILE, "", ""),
+    ("events/s of this ÷ textbook, 64 connections", 64, OURS, BOOK, "", ""),
+    ("events/s of this ÷ itself on SQLite, 64 connections", 64, OURS, FILE, "", ""),
+)
+SUPPLY = 4000  # events prepared for each second
+
+Runs = dict[tuple[int, str], list[tuple[float, float, float]]]
 
 
 def measure(cluster: Cluster, server: str, connections: int, seconds: int, requests: Path) -> tuple:
     """Return events a second, p99 in milliseconds, and CPU microseconds an event."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         database = Path(folder) / "kyc.db"
-        there = Server(MODULES[server], database)
+        started = Server(MODULES[server], database)
         if server != FILE:
-            if server == OURS:
-                del there.environ["KYC_DATABASE"]
-            there.environ["DATABASE_URL"] = cluster.database(folder)
+            started.environ["DATABASE_URL"] = cluster.database(folder)
+        if server == OURS:
+            del started.environ["KYC_DATABASE"]
         if server == BOOK:
-            environ = {**environment(database), "DATABASE_URL": cluster.database(folder)}
-            subprocess.run(
-                [sys.executable, BENCH / "textbook_postgres.py"], env=environ, check=True
-            )
-        with there:
-            there.load(requests, 0, connections, 1)
-            used = there.cpu_seconds()
-            result = there.load(requests, SUPPLY, connections, seconds)
-            used = there.cpu_seconds() - used
-    good = result["answers"] - result["refused"]
+            command = [sys.executable, BENCH / "textbook_postgres.py"]
+            url = {"DATABASE_URL": cluster.database(folder)}
+            subprocess.run(command, env=environment(database) | url, check=True)
+        with started:
+            started.load(requests, 0, connections, 1)
+            used = started.cpu_seconds()
+            result = started.load(requests, SUPPLY, connections, seconds)
+            used = started.cpu_seconds() - used
+        if server != FILE:
+            check(cluster, folder, result["answers"] - result["refused"])
     if result["refused"] or result["broken"]:
-        print(f"{server}: {result['refused']} refused, {result['broken']} broken")
-    return good / result["seconds"], result["p99"], used / good * 1e6
+        fail(f"{server}: {result['refused']} refused, {result['broken']} broken")
+    return result["answers"] / result["seconds"], result["p99"], used / result["answers"] * 1e6
 
 
-def main() -> None:
-    """Print the medians."""
-    seconds, rounds = (int(one) for one in [*sys.argv[1:], "4", "3"][:2])
-    requests, found = Path(tempfile.mkdtemp(dir="/var/tmp")) / "requests", {}
-    with contextlib.closing(Cluster()) as cluster:
-        for _ in range(rounds):
-            write_requests(requests, SUPPLY * (seconds + 1))
-            for connections in (1, 16, 64):
-                for server in MODULES:
-                    figures = measure(cluster, server, connections, seconds, requests)
-                    found.setdefault((connections, server), []).append(figures)
+def check(cluster: Cluster, folder: str, answered: int) -> None:
+    """End the benchmark if an event that was answered 200 is not stored and counted."""
+    query = "SELECT (SELECT count(*) FROM events), (SELECT count(*) FROM kyc_status)"
+    ((events, people),) = cluster.execute(query, schema=cluster.schemas[folder])
+    if events < answered or people != events:
+        fail(f"{answered} events answered 200, {events} stored, {people} people")
+
+
+def measure_all(seconds: int, rounds: int) -> Runs:
+    """Return the figures of all rounds, by connections and server."""
+    runs: Runs = {}
+    with (
+        contextlib.closing(Cluster()) as cluster,
+        tempfile.NamedTemporaryFile(dir="/var/tmp") as requests,
+    ):
+        for process in cluster.processes():  # those that it starts later inherit that
+            os.sched_setaffinity(process, CORES[1:] or CORES)
+        path = Path(requests.name)
+        for number in range(rounds):
+            write_requests(path, SUPPLY * (seconds + 1))
+            for connections in CONNECTIONS:
+                for server in list(MODULES)[:: (-1) ** number]:
+                    figures = measure(cluster, server, connections, seconds, path)
+                    runs.setdefault((connections, server), []).append(figures)
                     print(
                         connections, server, *(f"{figure:,.0f}" for figure in figures), flush=True
                     )
-    os.remove(requests)
-    for (connections, server), runs in found.items():
-        medians = [statistics.median(column) for column in zip(*runs, strict=True)]
-        print(
-            f"| {connections} | {server} | {medians[0]:,.0f} | {medians[1]:.1f} | {medians[2]:,.0f} |"
-        )
+    return runs
+
+
+def report(runs: Runs, seconds: int, rounds: int) -> str:
+    """Return POSTGRES.md."""
+    lines = ["# Results on PostgreSQL", "", "Written by `python bench/on_postgres.py`.", ""]
+    lines += [
+        f"- Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {len(CORES)} cores;"
+        f" fdatasync of 4 KiB, idle: {time_fsync(Path(tempfile.mkdtemp(dir='/var/tmp'))):.2f} ms",
+        f"- Method: rounds: {rounds}, interleaved; {seconds} s a case after 1 s of warm-up;"
+        " medians of the rounds, and medians of each round's ratios",
+        "- Placement: the worker on one core; PostgreSQL and wrk on the others, alike for both",
+        *("", "| figure | floor | aim | reached |", "| --- | --- | --- | --- |"),
+    ]
+    for words, connections, above, below, floor, aim in RATIOS:
+        pairs = zip(runs[connections, above], runs[connections, below], strict=True)
+        ratio = statistics.median(one[0] / other[0] for one, other in pairs)
+        lines.append(f"| {words} | {floor} | {aim} | {ratio:.2f} |")
+    lines += ["", "| connections | server | events/s | p99 ms | CPU µs/event |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for (connections, server), figures in sorted(runs.items()):
+        rate, p99, cpu = (statistics.median(column) for column in zip(*figures, strict=True))
+        lines.append(f"| {connections} | {server} | {rate:,.0f} | {p99:.1f} | {cpu:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, and write the report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    text = report(measure_all(given.seconds, given.rounds), given.seconds, given.rounds)
+    (BENCH / "POSTGRES.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

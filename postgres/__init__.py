@@ -45,7 +45,8 @@ SAME = {  # statements of app.py -> what they are here
 }
 DIFFERENT = re.compile(
     r"""(?P<literal>'[^']*') | (?P<comment>--[^\n]*)
-    | (?P<several>(?<!NOT\ )\bIN\ \((?:\?(?:,\ )?)+\)) | \?(?P<number>[0-9]+) | (?P<one>\?) | (?<![\w:]):(?P<name>[a-z]\w*)
+    | (?P<several>(?<!NOT\ )\bIN\ \((?:\?(?:,\ )?)+\)) | \?(?P<number>[0-9]+) | (?P<one>\?)
+    | (?<![\w:]):(?P<name>[a-z]\w*)
     | (?P<unlike>\bIS\ NOT\b)(?!\ (?:NULL|DISTINCT)\b) | (?P<like>\bIS\b)(?!\ (?:NULL|NOT)\b)
     | (?P<glob>(?P<left>[\w.]+)\ GLOB\ (?P<right>:\w+|'[^']*'))""",
     re.VERBOSE,
@@ -279,6 +280,17 @@ class Connection:
         """Run statements that define tables and triggers."""
         with self.answering("CREATE"):
             self.session.execute(translate_schema(script).replace("BEGIN IMMEDIATE", "BEGIN"))
+
+    def stream(self, query: str) -> Iterator[Row]:
+        """Yield the rows of a query, some at a time; within a transaction."""
+        with self.answering("SELECT"), self.session.cursor("rows") as cursor:
+            yield from cursor
+
+    def copy(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run a COPY FROM STDIN of these rows."""
+        with self.answering("COPY"), self.session.cursor().copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
 
     def begin(self) -> psycopg.Cursor:
         """Begin a transaction that writes, when the one before has ended."""

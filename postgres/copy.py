@@ -2,8 +2,8 @@
 
 import contextlib
 import hashlib
+import itertools
 import sqlite3
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -38,9 +38,7 @@ FILLED = [
 COLUMNS = [*FIXED, *FILLED, "body"]
 JOURNAL = ("events", "mentions", "redactions")
 BETWEEN = "FROM events WHERE rowid > ? AND rowid <= ? ORDER BY rowid"
-INSERT = f"""
-    INSERT INTO events ({", ".join(COLUMNS)}) VALUES ({", ".join("?" * len(COLUMNS))})
-"""
+COPY = f"COPY events (rowid, {', '.join(COLUMNS)}) FROM STDIN"
 MEND = f"UPDATE events SET {', '.join(f'{name} = ?' for name in FILLED)} WHERE event_id = ?"
 REMOVE = "UPDATE events SET body = NULL WHERE event_id = ?"
 COPYING = "SELECT set_config('kyc.copying', 'on', true)"  # no event orders its redaction again
@@ -77,6 +75,7 @@ def copy(url: str) -> None:
             target.execute(COPYING)
             copy_redactions(source, target)
             rows = copy_tables(source, target)
+        target.execute("ANALYZE")
     click.echo(f"{cli.plural(last, 'event')} compared: positions, hashes and columns are the same")
     click.echo(", ".join(f"{table}: {number:,}" for table, number in rows.items()))
 
@@ -101,8 +100,7 @@ def copy_events(source: sqlite3.Connection, target: Connection, first: int, last
             target.execute(MEND, (*event[1 + len(FIXED) : -1], key))
         if event[-1] is None and there[event[0]][1]:
             target.execute(REMOVE, (event[1],))
-    if new := [event[1:] for event in events[len(there) :]]:
-        target.executemany(INSERT, new)
+    target.copy(COPY, events[len(there) :])
     mentions = "SELECT id, position FROM mentions WHERE position > ? AND position <= ?"
     if rows := list(map(tuple, source.execute(mentions, (first, last)))):
         target.executemany("INSERT INTO mentions VALUES (?, ?) ON CONFLICT DO NOTHING", rows)
@@ -164,24 +162,19 @@ def copy_tables(source: sqlite3.Connection, target: Connection) -> dict[str, int
     for table in reversed(tables):  # status_rules before the statuses that they name
         target.execute(f"DELETE FROM {table}")
     for table in tables:
-        rows = read_table(source, table)
-        marks = ", ".join("?" * len(rows[0])) if rows else ""
-        target.executemany(f"INSERT INTO {table} VALUES ({marks})", rows) if rows else None
+        target.copy(f"COPY {table} FROM STDIN", source.execute(f"SELECT * FROM {table}"))
     wrong = [one for one in tables if differ(one, source, target)]
     if wrong:
         raise kyc.DatabaseError(f"the copies of these tables are others: {', '.join(wrong)}")
     return {table: count(target, table) for table in (*JOURNAL[1:], *tables)}
 
 
-def read_table(db: Any, table: str) -> list[tuple[Any, ...]]:
-    """Return all rows of a table."""
-    return list(map(tuple, db.execute(f"SELECT * FROM {table}")))
-
-
 def differ(table: str, source: sqlite3.Connection, target: Connection) -> bool:
-    """Tell whether a table has other rows in the two databases."""
-    key: Callable = repr
-    return sorted(read_table(source, table), key=key) != sorted(read_table(target, table), key=key)
+    """Tell whether a table has other rows in the two databases; both are read bit by bit."""
+    width = len(source.execute(f"SELECT * FROM {table} LIMIT 0").description)
+    query = f"SELECT * FROM {table} ORDER BY {', '.join(map(str, range(1, width + 1)))}"
+    pairs = itertools.zip_longest(map(tuple, source.execute(query)), target.stream(query))
+    return any(one != other for one, other in pairs)
 
 
 def count(db: Connection, table: str) -> int:

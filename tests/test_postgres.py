@@ -5,14 +5,16 @@ The tests of other modules that are marked `both_engines` run on it, too.
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import signal
 import sqlite3
 import threading
 import time
 
 import pytest
-from conftest import LONG, Load, build, children, deploy, sign, wait_until
+from conftest import LONG, ROOT, Load, build, children, deploy, sign, wait_until
 
 import app as kyc
 
@@ -26,6 +28,7 @@ def query(cluster, environ, database):
     return lambda *statements: cluster.execute(*statements, schema=schema)
 
 
+AT = "2026-03-01T00:00:00.000Z"
 BODIES = {
     "unicode": '{"name": "Zoë \U0001f600"}'.encode(),
     "NUL": b'{\0"name": "x"}',
@@ -164,6 +167,67 @@ def test_foreign_table_is_left_alone(environ, query):
         kyc.prepare_database(kyc.read_config(environ))
 
 
+def test_commit_that_fails_is_503_and_not_stored(send, query):
+    query(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION USING ERRCODE = '53100'; END $$",
+        "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON events DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    assert send(build(event_id="evt_1")).status_code == 503
+    query("DROP TRIGGER refuse ON events")
+    assert send(build(event_id="evt_2")).status_code == 200
+    assert query("SELECT rowid, event_id FROM events") == [(1, "evt_2")]
+
+
+def test_probe_is_a_commit(client, app):
+    assert client.get("/healthz").status_code == 200
+    assert app.extensions["journal"].commits == 1
+
+
+def test_copies_in_one_batch_count_once_and_complete_each_other(db):
+    bodies = [build(event_id=f"evt_{one}", account_id=f"act_{one}") for one in "12132"]
+    first = json.loads(bodies[0])
+    del first["data"]["attributes"]["payload"]["data"]["relationships"]["account"]
+    bodies[0] = json.dumps(first).encode()
+    deliveries = [kyc.Delivery(kyc.read_event(one, AT), one, AT) for one in bodies]
+    with kyc.transaction(db):
+        outcomes = kyc.store(db, deliveries)
+    assert outcomes == ["stored", "stored", "duplicate", "stored", "duplicate"]
+    rows = db.execute("SELECT rowid, account_id FROM events ORDER BY rowid").fetchall()
+    assert rows == [(1, "act_1"), (2, "act_2"), (3, "act_3")]
+
+
+def test_role_with_the_least_rights_of_the_docs_serves(create, cluster, query, database, runner):
+    granted = re.search(r"(GRANT USAGE.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
+    schema = cluster.schemas[str(database)]
+    query(
+        "CREATE ROLE kyc LOGIN",
+        *re.sub(r"SCHEMA kyc\b", f"SCHEMA {schema}", granted[1]).split(";")[:-1],
+    )
+    url = cluster.url(schema).replace("//postgres@", "//kyc@")
+    try:
+        service = create(DATABASE_URL=url)
+        body = build(event_id="evt_1", reference_id="user-1")
+        answers = [
+            service.test_client().post("/webhook", data=body, headers=sign(body)).status_code
+            for _ in range(2)
+        ]
+        assert answers == [200, 200]
+        assert service.test_client().get("/healthz").status_code == 200
+        run = service.test_cli_runner().invoke
+        for command in (["rebuild"], ["hold", "user-1", "--reason", "x"], ["status", "user-1"]):
+            result = run(args=command)
+            assert result.exit_code == 0, result.output
+        with contextlib.closing(service.config["KYC"].database.connect()) as db:
+            for statement in ("DROP TABLE events", "ALTER TABLE events DISABLE TRIGGER ALL"):
+                with pytest.raises(sqlite3.OperationalError, match="must be owner"):
+                    db.execute(statement)
+        service.extensions["journal"].stop()
+    finally:
+        query("DROP OWNED BY kyc", "DROP ROLE kyc")
+
+
 # Two machines
 
 
@@ -234,12 +298,15 @@ def under_load(machines, query, clients=4):
 
 
 def test_kills_of_one_machine(machines, query):
-    with under_load(machines, query):
-        for _ in range(60 if LONG else 5):
-            for worker in children(machines[0]):
+    with under_load(machines, query) as loads:
+        for number in range(120 if LONG else 5):
+            load = loads[number % 2]
+            for worker in children(machines[number % 2]):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker, signal.SIGKILL)
-            time.sleep(0.4)
+            accepted = len(load.accepted)
+            wait_until(lambda load=load, accepted=accepted: len(load.accepted) > accepted + 5)
+    print({key: sum(load.answers[key] for load in loads) for key in loads[0].answers})
 
 
 def test_immediate_stop_and_restart_of_the_server(machines, query, cluster):
