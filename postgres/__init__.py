@@ -1,6 +1,7 @@
 """The journal on PostgreSQL, for several machines: DATABASE_URL=postgresql://...
 
-app.py and the commands keep their SQL and their functions. Here is what differs, in this order:
+app.py and the commands keep their SQL and their functions; only `store` and `refresh` are
+functions of the server, so that a batch takes one round trip. Here is what differs, in this order:
 
 - the SQL, translated; schema.sql of the service too, so that the rules stand in one place
 - a connection that takes this SQL, and answers and fails as sqlite3's does
@@ -266,11 +267,6 @@ class Connection:
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> psycopg.Cursor:
         """Run a statement for each row of values; rowcount is that of all."""
         statement, rows = translate(sql)[0], list(rows)
-        if sql is kyc.INSERT_EVENT:  # whose body is bytes here
-            rows = [
-                (*row[:-1], row[-1].encode() if isinstance(row[-1], str) else row[-1])
-                for row in rows
-            ]
         with self.answering(statement):
             cursor = self.session.cursor()
             cursor.executemany(statement, rows)
@@ -321,8 +317,8 @@ class Connection:
         except psycopg.Error as error:
             if self.shielded and not self.session.closed:
                 self.session.execute("ROLLBACK TO statement")
-            self.conflict |= error.sqlstate in CONFLICTS
-            if self.conflict and not self.protected:
+            self.conflict = self.protected and (self.conflict or error.sqlstate in CONFLICTS)
+            if error.sqlstate in CONFLICTS and not self.protected:
                 raise ConflictError("another transaction was in conflict") from None
             raise as_sqlite_error(error) from None
 
@@ -402,6 +398,7 @@ SETTINGS = """
         set_config('statement_timeout', %s, false), set_config('lock_timeout', '3s', false),
         set_config('idle_in_transaction_session_timeout', '10s', false),
         set_config('default_transaction_read_only', %s, false),
+        set_config('default_transaction_isolation', 'read committed', false),
         -- One plan for each statement, by the indexes: to plan costs more than to run, and a plan
         -- that was made for empty tables must do for full ones.
         set_config('plan_cache_mode', 'force_generic_plan', false),
