@@ -278,9 +278,9 @@ class Connection:
             self.session.execute(translate_schema(script).replace("BEGIN IMMEDIATE", "BEGIN"))
 
     def stream(self, query: str) -> Iterator[Row]:
-        """Yield the rows of a query, some at a time; within a transaction."""
-        with self.answering("SELECT"), self.session.cursor("rows") as cursor:
-            yield from cursor
+        """Yield the rows of a query, without holding them all."""
+        with self.answering("SELECT"):
+            yield from self.session.cursor().stream(translate(query)[0])
 
     def copy(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run a COPY FROM STDIN of these rows."""
