@@ -85,6 +85,8 @@ def restore(path: Path, as_json: bool) -> None:
 
     Example: flask restore /var/lib/kyc/aside/kyc.db
     """
+    if cli.on_postgres():
+        raise click.ClickException("this is for SQLite: pg_restore brings back what pg_dump saved")
     tally = Tally()
     with contextlib.ExitStack() as stack:
         db = stack.enter_context(contextlib.closing(cli.open_database()))
