@@ -75,7 +75,7 @@ def measure_all(seconds: int, rounds: int) -> Runs:
     """Return the figures of all rounds, by connections and server."""
     runs: Runs = {}
     with (
-        contextlib.closing(Cluster()) as cluster,
+        contextlib.closing(Cluster(fsync="on")) as cluster,
         tempfile.NamedTemporaryFile(dir="/var/tmp") as requests,
     ):
         for process in cluster.processes():  # those that it starts later inherit that
