@@ -465,7 +465,7 @@ class Address:
                     complete = next(steps, None) is None
                 return complete
         except sqlite3.Error as error:
-            raise kyc.DatabaseError(kyc.reason(error)) from None
+            raise kyc.DatabaseError(kyc.describe_error(error)) from None
 
     def journal(self, config: kyc.Config) -> "PostgresJournal":
         """Return the journal that writes there."""
@@ -587,6 +587,6 @@ class PostgresJournal(kyc.Journal):
             if self.db and self.rebuilding and next(self.rebuilding, None) is None:
                 self.rebuilding = None
         except Exception as error:  # the thread survives; the next delivery opens anew
-            kyc.log.error("the database cannot be looked after: %s", kyc.reason(error))
+            kyc.log.error("the database cannot be looked after: %s", kyc.describe_error(error))
             self.close()
         self.busy_since = None if resting else self.busy_since
