@@ -76,13 +76,15 @@ class Cluster:
     def paused(self):
         """Let the server hang for the block."""
         processes = self.processes()
-        for pid in processes:
-            os.kill(pid, signal.SIGSTOP)
         try:
+            for pid in processes:
+                with contextlib.suppress(ProcessLookupError):  # autovacuum's workers come and go
+                    os.kill(pid, signal.SIGSTOP)
             yield
         finally:
             for pid in processes:
-                os.kill(pid, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def url(self, schema="public"):
         return f"postgresql://{USER}@/postgres?host={self.folder}&options=-csearch_path%3D{schema}"
