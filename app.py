@@ -678,6 +678,9 @@ class Journal:
             with contextlib.suppress(queue.Empty):
                 batch.append(self.line.get(timeout=0.001 if self.rebuilding else 1.0))
             self.busy_since = self.busy_since or time.monotonic()  # a turn may be long in coming
+            waiting = 0
+            while waiting < (waiting := self.line.qsize()):
+                os.sched_yield()  # requests that are nearly in line share the commit
             if batch:
                 self.serve(batch)
             self.look_after(resting=not batch)
