@@ -45,7 +45,7 @@ def register(app: Flask, environ: Mapping[str, str]) -> None:
     run_command.hidden = True
     for module in MODULES:
         importlib.import_module(f"commands.{module}")
-    if (Path(kyc.HERE) / "postgres" / "copy.py").exists():
+    with contextlib.suppress(ModuleNotFoundError):  # psycopg is there only for PostgreSQL
         importlib.import_module("postgres.copy")
     for one in COMMANDS:
         app.cli.add_command(one)

@@ -249,3 +249,13 @@ def test_restart_changes_nothing_in_the_database(create, send, db):
     create()
     db.executescript(kyc.SCHEMA.read_text())
     assert list(db.iterdump()) == before
+
+
+def test_without_psycopg_only_postgresql_is_missing(flask, refusal, tmp_path):
+    (tmp_path / "psycopg.py").write_text("raise ModuleNotFoundError('none', name='psycopg')")
+    without = {"PYTHONPATH": str(tmp_path)}
+    assert flask("version", **without).stdout.startswith("kyc ")
+    assert "No such command 'copy'" in flask("copy", "URL", check=False, **without).stderr
+    url = {"PERSONA_WEBHOOK_SECRET": SECRET, "DATABASE_URL": "postgresql://localhost/kyc"}
+    words = "DATABASE_URL is set, but there is no psycopg: see postgres/requirements.txt"
+    assert words in refusal({**url, **without})
