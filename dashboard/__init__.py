@@ -18,6 +18,7 @@ import re
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Mapping
 
 from flask import Blueprint, Flask, Response, current_app, g, request
@@ -29,6 +30,7 @@ from dashboard.queries import BadQueryError
 
 SHARE = threading.BoundedSemaphore(16)  # requests at once, of the 32 threads of the Procfile
 PATIENCE = 4.0  # seconds that a request waits for its turn
+YIELD_SECONDS = 0.1  # that it then waits while deliveries are being written
 CHALLENGE = 'Basic realm="kyc", charset="UTF-8"'
 HEADERS = {
     "Cache-Control": "no-store",
@@ -84,7 +86,8 @@ class AnyText(BaseConverter):
 def admit() -> Response | None:
     """Answer 401 to who has no token, and 503 when half of the threads are at work here.
 
-    One answer is made at a time: deliveries need the same processor.
+    One answer is made at a time, and waits while deliveries are being written: they need the same
+    processor.
     """
     given = read_token(request.headers.get("Authorization", ""))
     matches = [hmac.compare_digest(given, token) for token in current_app.config["KYC_API_TOKEN"]]
@@ -99,8 +102,15 @@ def admit() -> Response | None:
         g.leave.append(SHARE.release)
         if queries.TURN.acquire(timeout=PATIENCE):
             g.leave.append(queries.TURN.release)
-            return None
+            return let_deliveries_pass()
     return answer_unreadable(kyc.DatabaseError("too many are reading"))
+
+
+def let_deliveries_pass() -> None:
+    """Wait until no delivery is being written, YIELD_SECONDS at most."""
+    journal, end = current_app.extensions["journal"], time.monotonic() + YIELD_SECONDS
+    while journal.busy_since and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 def read_token(header: str) -> bytes:

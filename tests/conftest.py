@@ -46,8 +46,7 @@ LONG = os.environ.get("LONG") == "1"  # the long variants: more rounds, more tim
 # Modules whose tests run on PostgreSQL, too; but not those about files or SQLite's own ways.
 BOTH_ENGINES = {
     *("test_commands", "test_dashboard", "test_events", "test_handlers", "test_http"),
-    *("test_redaction", "test_status", "test_forward", "test_backfill", "test_reconcile"),
-    *("test_export", "test_inputs"),
+    *("test_redaction", "test_status", "test_forward"),
 }
 SQLITE_ONLY = set((Path(__file__).parent / "sqlite_only.txt").read_text().split())
 
