@@ -705,7 +705,7 @@ class Journal:
         log_deliveries(batch)
 
     def commit(self, batch: list[Delivery]) -> None:
-        """Store `batch` in one transaction, run its handlers in another; set each outcome."""
+        """Store `batch` in one transaction, then run the handlers; set each outcome."""
         db, began = self.open(), time.perf_counter()
         deliveries = [delivery for delivery in batch if delivery.event]
         outcomes = self.write(db, deliveries, probing=len(deliveries) < len(batch))

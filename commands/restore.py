@@ -178,10 +178,8 @@ def append(db: sqlite3.Connection, rows: list[sqlite3.Row], tally: Tally) -> Non
         tally.unprocessed += row["state"] in ("failed", "pending")
         tally.handled += row["state"] == "processed" and row["name"] in kyc.HANDLERS
     for before, after in changes:
-        person, both = (
-            (before or after)["reference_id"],
-            [cli.standing(before), cli.standing(after)],
-        )
+        person = (before or after)["reference_id"]
+        both = [cli.standing(before), cli.standing(after)]
         if person in tally.changes or len(tally.changes) < NOTED:
             tally.changes.setdefault(person, both)[1] = both[1]
 
