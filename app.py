@@ -155,6 +155,7 @@ def read_secrets(environ: Mapping[str, str]) -> tuple[bytes, ...]:
     return secrets
 
 
+@functools.cache
 def fingerprint(secret: bytes) -> str:
     """Return what the journal calls a secret: 8 hex digits of its SHA-256."""
     return hashlib.sha256(secret).hexdigest()[:8]
@@ -181,27 +182,26 @@ routes = Blueprint("persona", __name__, cli_group=None)
 @routes.post("/webhook", strict_slashes=False)
 def receive() -> Response:
     """Verify, read and store one delivery; answer when it is on disk."""
-    config, journal = current_app.config["KYC"], current_app.extensions["journal"]
-    body = read_body(config.max_body_bytes)
-    signed_by = verify(body, request.headers, config, time.time())
+    journal, headers = current_app.extensions["journal"], request.headers
+    body = read_body(journal.config.max_body_bytes)
+    signed_by = verify(body, headers, journal.config, time.time())
     received_at = utc_now()
     event = read_event(body, received_at)
-    delivery = Delivery(event, body, received_at, "webhook", signed_by, read_attempt())
+    delivery = Delivery(event, body, received_at, "webhook", signed_by, read_attempt(headers))
     return answer(*ANSWERS[journal.append(delivery)])
 
 
 def read_body(limit: int) -> bytes:
     """Return the raw body; raise RequestEntityTooLarge over `limit` bytes, BadRequest if broken."""
-    connection = request.environ.get("gunicorn.socket")
-    if (
-        connection
-    ):  # a client that stalls must not hold a thread; settimeout would poll at each call
+    connection, length = request.environ.get("gunicorn.socket"), request.content_length or 0
+    if connection:  # a client that stalls must not hold a thread; settimeout would poll each call
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, STALL)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, STALL)
     parts, size = [], 0
     try:
-        if (request.content_length or 0) <= limit + EXCESS:
-            while size <= limit + EXCESS and (part := request.stream.read(1 << 20)):
+        if length <= limit + EXCESS:
+            read = request.stream.read
+            while size <= limit + EXCESS and (part := read(1 << 20)):
                 size += len(part)
                 parts.append(part if size <= limit else b"")
     except Exception:  # werkzeug's or the server's own, for a malformed or broken body
@@ -209,16 +209,16 @@ def read_body(limit: int) -> bytes:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)  # gunicorn would wait for the rest
         raise BadRequest from None
-    if max(size, request.content_length or 0) > limit:
+    if max(size, length) > limit:
         raise RequestEntityTooLarge
-    if size < (request.content_length or 0):
+    if size < length:
         raise BadRequest  # the client left in the middle
     return b"".join(parts)
 
 
-def read_attempt() -> int | None:
+def read_attempt(headers: Mapping[str, str]) -> int | None:
     """Return how often Persona has tried this delivery, if it says so."""
-    value = request.headers.get("Persona-Webhook-Attempts-Made", "")
+    value = headers.get("Persona-Webhook-Attempts-Made", "")
     return int(value) if re.fullmatch(r"[0-9]{1,9}", value) else None
 
 
@@ -609,6 +609,8 @@ class Journal:
     - Thread and connection belong to the process that first appends: made after a fork.
     """
 
+    lingers = True  # for requests that are nearly in line, so that they share the commit
+
     def __init__(self, config: Config):
         self.config, self.path = config, config.database
         self.prepared: Any = None  # the file into which this process has written its rules
@@ -679,8 +681,8 @@ class Journal:
                 batch.append(self.line.get(timeout=0.001 if self.rebuilding else 1.0))
             self.busy_since = self.busy_since or time.monotonic()  # a turn may be long in coming
             waiting = 0
-            while waiting < (waiting := self.line.qsize()):
-                os.sched_yield()  # requests that are nearly in line share the commit
+            while self.lingers and waiting < (waiting := self.line.qsize()):
+                os.sched_yield()
             if batch:
                 self.serve(batch)
             self.look_after(resting=not batch)

@@ -548,6 +548,8 @@ class PostgresJournal(kyc.Journal):
     its deliveries get 503, and their redelivery finds out.
     """
 
+    lingers = False  # this process takes requests while the server commits others
+
     def open(self) -> Connection:
         """Return the connection; open it anew after a failure."""
         if self.db is None:
