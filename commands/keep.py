@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pwd
 import random
 import re
 import shutil
@@ -201,7 +202,7 @@ def check_files(path: Path) -> Findings:
     """Look at owners, permissions and free space."""
     beside = [path.with_name(path.name + suffix) for suffix in (".lock", ".gate")]
     files = [one for one in (path, *kyc.wal_paths(path), *beside) if one.exists()]
-    faults = [f"{one.name} {fault}" for one in files if (fault := find_fault(one, files[0]))]
+    faults = [f"{one.name} {fault}" for one in files if (fault := find_fault(one, files))]
     for words in faults:
         yield WRONG, "permissions", words
     if files and not faults:
@@ -212,22 +213,33 @@ def check_files(path: Path) -> Findings:
         yield WRONG if advice else OK, "disk", f"{free:.1f} GiB free{advice}"
 
 
-def find_fault(file: Path, first: Path) -> str | None:
-    """Say what is wrong with a file's owner or mode; None when nothing is."""
+def find_fault(file: Path, files: list[Path]) -> str | None:
+    """Say what is wrong with a file's owner or mode; None when nothing is.
+
+    All `files` should be of one owner: the folder's, if any of them is.
+    """
     mode = stat.S_IMODE(file.stat().st_mode)
-    if owner(file) != owner(first):
-        return f"belongs to {owner(file)}, {first.name} to {owner(first)}; chown it"
+    owners = [owner(one) for one in files]
+    right = owner(file.parent) if owner(file.parent) in owners else owners[0]
+    if owner(file) != right:
+        return f"belongs to {owner(file)}, the others to {right}; chown {right} {file.name}"
     if not os.access(file, os.R_OK | os.W_OK):
-        return f"belongs to {owner(file)}, and this is {cli.find_user()}; run this as the owner"
+        this = user_name(os.geteuid())
+        return f"belongs to {owner(file)}, and this is {this}; run this as the owner"
     return f"has mode {mode:04o}; chmod 600" if mode & 0o077 else None
 
 
 def owner(file: Path) -> str:
     """Return the name of a file's owner."""
+    return user_name(file.stat().st_uid)
+
+
+def user_name(number: int) -> str:
+    """Return the name of a user, told by number."""
     try:
-        return file.owner()
+        return pwd.getpwuid(number).pw_name
     except KeyError:
-        return f"user {file.stat().st_uid}"
+        return f"user {number}"
 
 
 def check_integrity(db: sqlite3.Connection, after: int) -> Findings:

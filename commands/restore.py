@@ -83,7 +83,7 @@ def restore(path: Path, as_json: bool) -> None:
     redactions: a body that was removed in either file is removed here. The service may run
     meanwhile. It can be ended at any time and run again.
 
-    Example: flask restore /var/lib/kyc/aside/kyc.db
+    Example: flask restore /var/lib/kyc/aside-20261126T095612/kyc.db
     """
     if cli.on_postgres():
         raise click.ClickException("this is for SQLite: pg_restore brings back what pg_dump saved")
@@ -91,6 +91,9 @@ def restore(path: Path, as_json: bool) -> None:
     with contextlib.ExitStack() as stack:
         db = stack.enter_context(contextlib.closing(cli.open_database()))
         old = stack.enter_context(contextlib.closing(open_old(path)))
+        if damaged := is_damaged(old):
+            words = f"WARNING: {path} is damaged: events may be missing. Is its -wal its own?"
+            click.secho(cli.printable(words), fg="yellow", err=True)
         db.create_function("note_removal", 0, tally.note_removal)
         db.execute(NOTE_REMOVAL)
         try:
@@ -99,6 +102,16 @@ def restore(path: Path, as_json: bool) -> None:
         finally:
             report(path, tally, as_json)
         empty_wal(db)
+    if damaged:
+        raise click.exceptions.Exit(1)
+
+
+def is_damaged(old: sqlite3.Connection) -> bool:
+    """Tell whether SQLite finds damage, as the WAL of another database beside a file causes it."""
+    try:
+        return old.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok"
+    except sqlite3.DatabaseError:
+        return True
 
 
 def empty_wal(db: sqlite3.Connection) -> None:

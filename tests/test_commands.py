@@ -1093,9 +1093,10 @@ def test_check_names_a_file_that_others_can_read(app, check, database):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_check_names_a_file_of_another_owner(app, check, database):
-    os.chown(f"{database}.lock", 12345, -1)
-    assert_wrong(check(), "kyc.db.lock belongs to user 12345, kyc.db to root; chown it")
+@pytest.mark.parametrize("name", ["kyc.db", "kyc.db.lock"])
+def test_check_names_a_file_of_another_owner(app, check, database, name):
+    os.chown(database.with_name(name), 12345, -1)
+    assert_wrong(check(), f"{name} belongs to user 12345, the others to root; chown root {name}")
 
 
 def test_check_names_failed_events_until_they_are_dismissed(failed, check, run):

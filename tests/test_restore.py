@@ -360,3 +360,16 @@ def test_damage_is_named_and_what_was_brought_stays(runner, app, old, database):
     brought = len(stored(database))
     assert 100 <= brought < 1000
     assert f"  {brought:,} new" in result.stdout
+
+
+def test_wal_of_another_database_beside_the_old_file_is_told(runner, app, old, tmp_path):
+    other = tmp_path / "other.db"
+    make(other, approvals(50, "other"))
+    with contextlib.closing(kyc.connect(other)):  # whoever closes last removes the WAL
+        make(other, approvals(60, "other"))
+        wal = kyc.wal_paths(other)[0].read_bytes()
+    make(old, approvals(200))
+    kyc.wal_paths(old)[0].write_bytes(wal)
+    result = runner("restore", str(old))
+    assert result.exit_code == 1
+    assert f"WARNING: {old} is damaged" in result.stderr
