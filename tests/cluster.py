@@ -4,8 +4,10 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 try:
@@ -106,6 +108,64 @@ class Cluster:
     def close(self):
         self.stop()
         shutil.rmtree(self.folder)
+
+
+class Relay:
+    """A TCP port before the server's socket; what passes through can be cut off or held up."""
+
+    def __init__(self, cluster):
+        self.path = str(cluster.folder / ".s.PGSQL.5432")
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.ends, self.passing = [], threading.Event()
+        self.passing.set()
+        self.threads = [threading.Thread(target=self.accept)]
+        self.threads[0].start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client = self.listener.accept()[0]
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self.path)
+                self.ends += [client, server]
+                for ends in ((client, server), (server, client)):
+                    self.threads.append(threading.Thread(target=self.pass_on, args=ends))
+                    self.threads[-1].start()
+
+    def pass_on(self, source, target):
+        with source, contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.passing.wait()
+                target.sendall(data)
+        end_connection(target)
+
+    def cut(self):
+        """End all connections, whatever is under way."""
+        while self.ends:
+            end_connection(self.ends.pop())
+
+    @contextlib.contextmanager
+    def held_up(self):
+        """Let nothing through for the block; what was sent meanwhile arrives afterwards."""
+        self.passing.clear()
+        try:
+            yield
+        finally:
+            self.passing.set()
+
+    def close(self):
+        end_connection(self.listener)
+        self.listener.close()
+        self.cut()
+        for thread in self.threads:
+            thread.join()
+
+
+def end_connection(end):
+    """Wake whoever waits for a socket."""
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
 
 
 def why_not():

@@ -14,6 +14,7 @@ import threading
 import time
 
 import pytest
+from cluster import Relay
 from conftest import LONG, ROOT, Load, build, children, deploy, sign, wait_until
 
 import app as kyc
@@ -180,6 +181,14 @@ def test_commit_that_fails_is_503_and_not_stored(send, query):
     assert query("SELECT rowid, event_id FROM events") == [(1, "evt_2")]
 
 
+def test_id_that_no_index_takes_is_503(send, query):
+    long = "evt_" + "".join(hashlib.sha256(b"%d" % n).hexdigest() for n in range(100))
+    answer = send(build(event_id=long))
+    assert (answer.status_code, "exceeds" in answer.json["reason"]) == (503, True)
+    assert send(build(event_id="evt_2")).status_code == 200
+    assert query("SELECT rowid, event_id FROM events") == [(1, "evt_2")]
+
+
 def test_probe_is_a_commit(client, app):
     assert client.get("/healthz").status_code == 200
     assert app.extensions["journal"].commits == 1
@@ -325,6 +334,24 @@ def test_terminated_connections(machines, query):
         for _ in range(40 if LONG else 5):
             query(others)
             time.sleep(0.2)
+
+
+def test_network_that_breaks_and_hangs_is_503_in_time(serve, tmp_path, query, cluster, environ):
+    with contextlib.closing(Relay(cluster)) as relay:
+        direct = environ["DATABASE_URL"]
+        far = re.sub("host=[^&]+", f"host=127.0.0.1&port={relay.port}", direct)
+        machines = [
+            serve(cwd=deploy(tmp_path / name), DATABASE_URL=url)
+            for name, url in (("far", far), ("near", direct))
+        ]
+        with under_load(machines, query) as (load, _):
+            for _ in range(40 if LONG else 5):
+                relay.cut()
+                time.sleep(0.2)
+            refused = load.answers[503]
+            with relay.held_up():
+                wait_until(lambda: load.answers[503] > refused)
+        assert load.answers[503]
 
 
 def test_hanging_server_is_503_in_time(machines, query, cluster):
