@@ -39,6 +39,7 @@ READ_VERSION = """
     SELECT CASE WHEN to_regclass('events') IS NULL THEN 0 ELSE COALESCE(substring(
         obj_description(to_regclass('events'), 'pg_class') FROM '^kyc ([0-9]+)$')::int, -1) END
 """
+START_LOCK = "hashtext('kyc ' || current_schema())"
 SAME = {  # statements of app.py -> what they are here
     kyc.PROBE: "SELECT 1 FROM journal_lock FOR UPDATE",  # written to the WAL, as any lock of a row
     "BEGIN": "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",  # one view of all tables
@@ -99,11 +100,12 @@ def arrange(values: Any, widths: tuple[int, ...]) -> Any:
 
 
 TRIGGER = re.compile(
-    r"CREATE TRIGGER (\w+)\s+(\w[^;]*? ON \w+)\s+(?:WHEN (.*?)\s+)?BEGIN\b(.*?)\bEND;", re.DOTALL
+    r"CREATE OR REPLACE TRIGGER (\w+)\s+(\w[^;]*? ON \w+)\s+(?:WHEN (.*?)\s+)?BEGIN\b(.*?)\bEND;",
+    re.DOTALL,
 )
 CHANGES = (  # of the words of ../schema.sql, in this order
-    (r"IF NOT EXISTS ", ""),
-    (r"(CREATE TABLE events \()", r"\1 rowid BIGINT NOT NULL UNIQUE,"),
+    (r"CREATE (VIEW|TRIGGER) IF NOT EXISTS", r"CREATE OR REPLACE \1"),
+    (r"(CREATE TABLE IF NOT EXISTS events \()", r"\1 rowid BIGINT NOT NULL UNIQUE,"),
     (r"\bTEXT\b", 'TEXT COLLATE "C"'),  # keys are compared as bytes, as SQLite does
     (r"\bINTEGER\b", "BIGINT"),
     (r"\bANY\b", "BYTEA"),
@@ -128,9 +130,9 @@ def translate_trigger(found: re.Match) -> str:
     """Return the function and the trigger for one of SQLite's triggers."""
     name, when, condition, body = found.groups()
     return (
-        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF {condition or 'true'} THEN {body} END IF; RETURN COALESCE(NEW, OLD); END $$;"
-        f" CREATE TRIGGER {name} {when} FOR EACH ROW EXECUTE FUNCTION {name}();"
+        f" CREATE OR REPLACE TRIGGER {name} {when} FOR EACH ROW EXECUTE FUNCTION {name}();"
     )
 
 
@@ -142,7 +144,7 @@ EVENT_COLUMNS = (
     *re.search(r"\((.*?), body\)", kyc.INSERT_EVENT, re.DOTALL)[1].replace(",", " ").split(),
     *("start", "size"),
 )
-STORE = "SELECT store(%s::TEXT[], %s::JSON, %b, %s::JSON)"
+STORE = "SELECT store(%s, %s::TEXT[], %s::JSON, %b, %s::JSON)"
 REFRESH = """
     SELECT to_json(before), to_json(after)
     FROM refresh(%s::TEXT[], %s::TEXT[], %s::TEXT[], %s::TEXT[])
@@ -341,7 +343,7 @@ class Connection:
         mentions = [one for delivery in deliveries for one in kyc.read_mentions(delivery)]
         with self.answering("SELECT"):
             values = (ids, json.dumps(events), bodies, json.dumps(mentions) if mentions else None)
-            return self.session.execute(STORE, values).fetchone()[0] or []
+            return self.session.execute(STORE, (kyc.SCHEMA_VERSION, *values)).fetchone()[0] or []
 
     def refresh(self, keys: list[Iterable[str]]) -> list[kyc.Change]:
         """Do what app.refresh does, on the server."""
@@ -486,29 +488,49 @@ def check_version(version: int, encoding: str) -> None:
         raise kyc.UnusableError(f"the database is encoded in {encoding}, not UTF8")
     if version < 0:
         raise kyc.UnusableError("the table events belongs to another application")
-    if version not in (0, kyc.SCHEMA_VERSION):
+    if version and not kyc.OLDEST_VERSION <= version <= kyc.SCHEMA_VERSION:
         age = "a newer release" if version > kyc.SCHEMA_VERSION else "a release before 1.0"
         raise kyc.UnusableError(f"the tables were made by {age} of this service")
 
 
 def prepare(db: Connection, config: kyc.Config) -> None:
-    """Make the tables if there are none, and bring in the configured rules."""
-    for _ in range(3):
-        if db.execute("PRAGMA user_version").fetchone()[0]:
-            break
-        with contextlib.suppress(psycopg.errors.DuplicateTable, psycopg.IntegrityError):
-            create_tables(db.session)  # of several that start at once the others come to wait
+    """Make the tables or bring them up to date, and bring in the configured rules."""
+    if db.execute("PRAGMA user_version").fetchone()[0] < kyc.SCHEMA_VERSION:
+        try:
+            with one_starter(db.session), db.session.transaction():
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version < kyc.SCHEMA_VERSION:
+                    migrate(db.session, version)
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise kyc.UnusableError(str(as_sqlite_error(error))) from None
+        except psycopg.Error as error:
+            raise as_sqlite_error(error) from None
     kyc.write_rules(db, config.templates)
 
 
-def create_tables(session: Session) -> None:
-    """Apply both schemas in one transaction."""
+@contextlib.contextmanager
+def one_starter(session: Session) -> Iterator[None]:
+    """Let one process make tables at a time; the next one's transaction sees what it made."""
+    session.execute(f"SELECT pg_advisory_lock({START_LOCK})")
+    try:
+        yield
+    finally:
+        if not session.closed:
+            session.execute(f"SELECT pg_advisory_unlock({START_LOCK})")
+
+
+def migrate(session: Session, version: int) -> None:
+    """Apply both schemas, after the steps from an earlier `version`; 0 when there are no tables.
+
+    Views, functions and triggers are replaced in place, so that what was granted on them stays.
+    """
+    steps = [kyc.STEPS[number] for number in range(version + 1, kyc.SCHEMA_VERSION + 1) if version]
     schema = Path(__file__).with_name("schema.sql").read_text()
     before, after, each, functions = re.split(r"^-- [2-4]\. .*$", schema, flags=re.MULTILINE)
     updates = [write_update(each, table) for table in kyc.COLUMNS]
-    tables = translate_schema(kyc.SCHEMA.read_text())
-    with session.transaction():
-        session.execute("\n".join([before, tables, after, *updates, functions]))
+    tables = [translate_schema(sql) for sql in (*steps, kyc.SCHEMA.read_text())]
+    session.execute("SELECT 1 FROM journal_lock FOR UPDATE" if version else "")
+    session.execute("\n".join([before, *tables, after, *updates, functions]))
 
 
 def write_update(template: str, table: str) -> str:
@@ -530,6 +552,7 @@ def write_update(template: str, table: str) -> str:
         words["values"] += (
             """, to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')"""
         )
+    words["excluded"] = ", ".join(f"excluded.{name}" for name in words["columns"].split(", "))
     return re.sub(r"\{(\w+)\}", lambda found: words[found[1]], template)
 
 

@@ -1,5 +1,5 @@
 -- What PostgreSQL needs beside ../schema.sql, which is translated: see postgres/__init__.py.
--- Applied once, in one transaction, by the service that starts first.
+-- Applied in one transaction by the service that starts first, and again when the schema changes.
 
 
 -- 1. Before the tables ---------------------------------------------------------------------
@@ -8,75 +8,75 @@
 -- time, on however many machines: who comes next sees all that was committed before, and positions
 -- are in commit order. A counter in this row would have a new version with each commit, all of
 -- which PostgreSQL keeps, and looks through, while a long transaction such as pg_dump's is open.
-CREATE TABLE journal_lock (one INTEGER NOT NULL);
-INSERT INTO journal_lock VALUES (1);
+CREATE TABLE IF NOT EXISTS journal_lock (one INTEGER NOT NULL);
+INSERT INTO journal_lock SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM journal_lock);
 
 -- Functions of SQLite that the shared SQL calls.
-CREATE FUNCTION instr(whole TEXT, part TEXT) RETURNS INTEGER IMMUTABLE STRICT LANGUAGE sql
+CREATE OR REPLACE FUNCTION instr(whole TEXT, part TEXT) RETURNS INTEGER IMMUTABLE STRICT LANGUAGE sql
     AS 'SELECT strpos(whole, part)';
 
-CREATE FUNCTION iif(condition BOOLEAN, yes TEXT, no TEXT) RETURNS TEXT IMMUTABLE LANGUAGE sql
+CREATE OR REPLACE FUNCTION iif(condition BOOLEAN, yes TEXT, no TEXT) RETURNS TEXT IMMUTABLE LANGUAGE sql
     AS 'SELECT CASE WHEN condition THEN yes ELSE no END';
 
 -- Only for the form of time that the tables hold.
-CREATE FUNCTION strftime(form TEXT, moment TEXT) RETURNS TEXT VOLATILE STRICT LANGUAGE sql
+CREATE OR REPLACE FUNCTION strftime(form TEXT, moment TEXT) RETURNS TEXT VOLATILE STRICT LANGUAGE sql
     AS $$SELECT to_char((CASE moment WHEN 'now' THEN clock_timestamp()
         ELSE moment::TIMESTAMPTZ END) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')
     WHERE form = '%Y-%m-%dT%H:%M:%fZ'$$;
 
 -- Of a glob only * and ? and [...], which are what SQLite knows.
-CREATE FUNCTION glob(pattern TEXT, whole TEXT) RETURNS BOOLEAN IMMUTABLE STRICT LANGUAGE sql
+CREATE OR REPLACE FUNCTION glob(pattern TEXT, whole TEXT) RETURNS BOOLEAN IMMUTABLE STRICT LANGUAGE sql
     AS $$SELECT whole ~ ('^' || replace(replace(regexp_replace(
         pattern, '([.+(){}|\\$])', '\\\1', 'g'), '*', '.*'), '?', '.') || '$')$$;
 
-CREATE FUNCTION json_each(list TEXT) RETURNS TABLE (value TEXT) IMMUTABLE STRICT LANGUAGE sql
+CREATE OR REPLACE FUNCTION json_each(list TEXT) RETURNS TABLE (value TEXT) IMMUTABLE STRICT LANGUAGE sql
     AS 'SELECT json_array_elements_text(list::json)';
 
 -- Which tables there are.
-CREATE VIEW sqlite_schema AS SELECT relname::TEXT AS name,
+CREATE OR REPLACE VIEW sqlite_schema AS SELECT relname::TEXT AS name,
         CASE relkind WHEN 'r' THEN 'table' WHEN 'v' THEN 'view' ELSE 'index' END AS type
     FROM pg_class WHERE relnamespace = current_schema()::regnamespace;
 
-CREATE FUNCTION group_concat_step(before TEXT, one TEXT, gap TEXT) RETURNS TEXT IMMUTABLE
+CREATE OR REPLACE FUNCTION group_concat_step(before TEXT, one TEXT, gap TEXT) RETURNS TEXT IMMUTABLE
     LANGUAGE sql AS 'SELECT COALESCE(before || gap || one, one, before)';
-CREATE AGGREGATE group_concat(TEXT, TEXT) (SFUNC = group_concat_step, STYPE = TEXT);
+CREATE OR REPLACE AGGREGATE group_concat(TEXT, TEXT) (SFUNC = group_concat_step, STYPE = TEXT);
 
 
 -- 2. After the tables ----------------------------------------------------------------------
 
 -- The position: from 1 on, without gaps, in commit order, for whoever inserts.
-CREATE FUNCTION events_take_position() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION events_take_position() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM 1 FROM journal_lock FOR UPDATE;
     NEW.rowid := COALESCE((SELECT max(rowid) FROM events), 0) + 1;
     RETURN NEW;
 END $$;
-CREATE TRIGGER events_take_position BEFORE INSERT ON events
+CREATE OR REPLACE TRIGGER events_take_position BEFORE INSERT ON events
     FOR EACH ROW WHEN (NEW.rowid IS NULL) EXECUTE FUNCTION events_take_position();
 
 -- The same for what `flask forward` queues, also after what was accepted has left the queue.
-CREATE FUNCTION next_change() RETURNS BIGINT LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION next_change() RETURNS BIGINT LANGUAGE plpgsql AS $$
 BEGIN
     RETURN 1 + GREATEST((SELECT max(position) FROM forward_queue),
         (SELECT max(position) FROM forwarding), 0);
 END $$;
 
 -- `flask copy` brings the redactions themselves.
-CREATE FUNCTION redactions_refuse_repeated() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION redactions_refuse_repeated() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RETURN CASE WHEN NEW.command = 'event' AND current_setting('kyc.copying', true) = 'on'
         AND pg_trigger_depth() > 1 THEN NULL ELSE NEW END;
 END $$;
-CREATE TRIGGER redactions_refuse_repeated BEFORE INSERT ON redactions
+CREATE OR REPLACE TRIGGER redactions_refuse_repeated BEFORE INSERT ON redactions
     FOR EACH ROW EXECUTE FUNCTION redactions_refuse_repeated();
 
-CREATE FUNCTION refuse_truncate() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION refuse_truncate() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION USING ERRCODE = '23000', MESSAGE = 'the journal is append-only';
 END $$;
-CREATE TRIGGER events_refuse_truncate BEFORE TRUNCATE ON events
+CREATE OR REPLACE TRIGGER events_refuse_truncate BEFORE TRUNCATE ON events
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
-CREATE TRIGGER redactions_refuse_truncate BEFORE TRUNCATE ON redactions
+CREATE OR REPLACE TRIGGER redactions_refuse_truncate BEFORE TRUNCATE ON redactions
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 
 -- Compressing bodies takes a good part of an INSERT; lz4, where the server has it, takes less.
@@ -85,7 +85,7 @@ DO $$ BEGIN
 EXCEPTION WHEN feature_not_supported OR syntax_error THEN NULL;
 END $$;
 
-ALTER TABLE redactions ADD COLUMN rowid BIGINT GENERATED BY DEFAULT AS IDENTITY;
+ALTER TABLE redactions ADD COLUMN IF NOT EXISTS rowid BIGINT GENERATED BY DEFAULT AS IDENTITY;
 
 -- Removed bodies leave the files when a table is vacuumed; do not wait for a fifth of it.
 ALTER TABLE events SET (autovacuum_vacuum_scale_factor = 0.01,
@@ -94,7 +94,7 @@ ALTER TABLE events SET (autovacuum_vacuum_scale_factor = 0.01,
 
 -- 3. For each projection: what `update` of app.py does ---------------------------------------
 
-CREATE FUNCTION update_{table}(keys TEXT[]) RETURNS TABLE (before {table}, after {table})
+CREATE OR REPLACE FUNCTION update_{table}(keys TEXT[]) RETURNS TABLE (before {table}, after {table})
 LANGUAGE plpgsql AS $$
 BEGIN
     RETURN QUERY WITH
@@ -104,7 +104,7 @@ BEGIN
         gone AS (DELETE FROM {table} AS t WHERE {key} = ANY (keys)
             AND ({identity}) NOT IN (SELECT {identity} FROM rules) RETURNING t),
         written AS (INSERT INTO {table} AS old ({columns}) SELECT * FROM rules
-            ON CONFLICT ({identity}) DO UPDATE SET ({columns}) = ROW (excluded.*)
+            ON CONFLICT ({identity}) DO UPDATE SET ({columns}) = ROW ({excluded})
             WHERE ({old}) IS DISTINCT FROM ({new}) RETURNING old)
     SELECT g.t, NULL FROM gone AS g  -- first: who follows the changes sees a key go and come
     UNION ALL SELECT p.t, w.old FROM written AS w LEFT JOIN present AS p ON {same};
@@ -115,7 +115,7 @@ END $$;
 
 -- What `refresh` of app.py does: compute these rows anew, and all that rest on those that change.
 -- Return the rows of kyc_status that changed.
-CREATE FUNCTION refresh(
+CREATE OR REPLACE FUNCTION refresh(
     inquiry_ids TEXT[], account_ids TEXT[], object_ids TEXT[], people TEXT[]
 ) RETURNS TABLE (before kyc_status, after kyc_status) LANGUAGE plpgsql AS $$
 DECLARE
@@ -172,9 +172,11 @@ BEGIN
 END $$;
 
 -- What `store` of app.py does: journal and project a batch, of which no event comes twice. Return
--- what became of each. The mentions are pairs of an ID and an event's ID.
-CREATE FUNCTION store(ids TEXT[], batch JSON, bodies BYTEA, mentioned JSON) RETURNS TEXT[]
-LANGUAGE plpgsql AS $$
+-- what became of each. The mentions are pairs of an ID and an event's ID; the release is told by the
+-- version of its schema.
+CREATE OR REPLACE FUNCTION store(
+    release INTEGER, ids TEXT[], batch JSON, bodies BYTEA, mentioned JSON
+) RETURNS TEXT[] LANGUAGE plpgsql AS $$
 DECLARE
     last BIGINT;
     known TEXT[];
@@ -185,13 +187,19 @@ DECLARE
     object_ids TEXT[];
 BEGIN
     PERFORM 1 FROM journal_lock FOR UPDATE;
+    IF obj_description('events'::regclass, 'pg_class') <> 'kyc ' || release THEN
+        RAISE EXCEPTION 'the tables were made by another release of this service';
+    END IF;
     last := COALESCE((SELECT max(rowid) FROM events), 0);
     known := ARRAY (SELECT event_id FROM events WHERE event_id = ANY (ids));
     WITH events_new AS (
-        INSERT INTO events SELECT last + row_number() OVER (), b.event_id, b.name, b.created_at,
+        INSERT INTO events (rowid, event_id, name, created_at, received_at, object_type, object_id,
+            object_status, inquiry_id, account_id, reference_id, template_id, source, signed_by,
+            attempt, body_sha256, state, body)
+        SELECT last + row_number() OVER (), b.event_id, b.name, b.created_at,
             b.received_at, b.object_type, b.object_id, b.object_status, b.inquiry_id,
             b.account_id, b.reference_id, b.template_id, b.source, b.signed_by, b.attempt,
-            b.body_sha256, b.state, NULL, NULL, substring(bodies FROM b.start FOR b.size)
+            b.body_sha256, b.state, substring(bodies FROM b.start FOR b.size)
         FROM json_to_recordset(batch) AS b (event_id TEXT, name TEXT, created_at TEXT,
             received_at TEXT, object_type TEXT, object_id TEXT, object_status TEXT,
             inquiry_id TEXT, account_id TEXT, reference_id TEXT, template_id TEXT, source TEXT,

@@ -234,6 +234,48 @@ def deploy(folder, handlers=None):
     return folder
 
 
+LATER = kyc.SCHEMA_VERSION + 1
+STEP = """
+    DROP VIEW IF EXISTS kyc_status_by_the_rules;  -- PostgreSQL adds a column to it only at the end
+    ALTER TABLE events ADD COLUMN region TEXT;
+    ALTER TABLE kyc_status ADD COLUMN region TEXT;
+    UPDATE events SET region = 'EU' WHERE template_id = 'itmpl_2';
+"""
+
+
+@pytest.fixture
+def later(tmp_path):
+    """Make a folder with a later release: new columns, a new rule, and a step that leads there."""
+
+    def later(step=STEP):
+        folder = deploy(tmp_path / "later")
+        for name, old, new in (
+            ("app.py", f"SCHEMA_VERSION = {kyc.SCHEMA_VERSION}\n", f"SCHEMA_VERSION = {LATER}\n"),
+            ("app.py", "\nSTEPS: dict[int, str] = {", f"\nSTEPS = {{{LATER}: '''{step}''', "),
+            ("app.py", '"reference_id status hold inq', '"reference_id status hold region inq'),
+            ("schema.sql", f"user_version = {kyc.SCHEMA_VERSION};", f"user_version = {LATER};"),
+            ("schema.sql", "    body          ANY", "    region TEXT,\n    body          ANY"),
+            ("schema.sql", "    hold         TEXT, ", "    region TEXT,\n    hold         TEXT, "),
+            (
+                "schema.sql",
+                "('inquiry.created', '', 'c",
+                "('case.created', '', 'declined'),\n\\g<0>",
+            ),
+            (
+                "schema.sql",
+                "p.person AS reference_id, i.status,\n",
+                "p.person AS reference_id, i.status, (SELECT e.region FROM events AS e"
+                " WHERE e.event_id = i.event_id) AS region,\n",
+            ),
+        ):
+            text = (folder / name).read_text()
+            assert text.count(old) == 1, old
+            (folder / name).write_text(text.replace(old, new.replace("\\g<0>", old)))
+        return folder
+
+    return later
+
+
 def bare_environment():
     """Return what a new shell has."""
     names = ("PATH", "HOME", "LANG")

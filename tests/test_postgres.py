@@ -15,7 +15,7 @@ import time
 
 import pytest
 from cluster import Relay
-from conftest import LONG, ROOT, Load, build, children, deploy, sign, wait_until
+from conftest import LATER, LONG, ROOT, Load, build, children, deploy, sign, wait_until
 
 import app as kyc
 
@@ -235,6 +235,61 @@ def test_role_with_the_least_rights_of_the_docs_serves(create, cluster, query, d
         service.extensions["journal"].stop()
     finally:
         query("DROP OWNED BY kyc", "DROP ROLE kyc")
+
+
+# A later release
+
+
+def test_later_release_migrates_once_and_the_old_one_stores_nothing(
+    serve, flask, send, query, later
+):
+    for event in ("inquiry.approved", "case.created"):
+        send(event, event_id=f"evt_{event}", inquiry_id="inq_1", template_id="itmpl_2")
+    query(
+        "CREATE VIEW ours AS SELECT * FROM cleared",
+        "CREATE ROLE reader",
+        "GRANT SELECT ON cleared TO reader",
+    )
+    try:
+        old, folder = serve(), later()
+        assert old.send(build(event_id="evt_3", inquiry_id="inq_3"))[0] == 200
+        servers = [serve(cwd=folder, wait=False) for _ in range(2)]
+        for server in servers:
+            server.wait_until_up()
+            wait_until(lambda server=server: server.request("GET", "/healthz")[0] == 200)
+        status, words = old.send(build(event_id="evt_old"))
+        assert (status, b"another release of this service" in words) == (503, True)
+        assert old.request("GET", "/healthz")[0] == 503
+        assert servers[0].send(build(event_id="evt_4", inquiry_id="inq_4"))[0] == 200
+        wait_until(lambda: query("SELECT projected FROM rules_in_force") == [(1,)])
+        assert query("SELECT obj_description('events'::regclass)") == [(f"kyc {LATER}",)]
+        assert query("SELECT region FROM events ORDER BY rowid") == [
+            ("EU",),
+            (None,),
+            (None,),
+            (None,),
+        ]
+        standing = "SELECT inquiry_id, status, region FROM kyc_status ORDER BY 1"
+        assert query(standing) == [
+            ("inq_1", "declined", None),
+            ("inq_3", "approved", None),
+            ("inq_4", "approved", None),
+        ]
+        assert query("SELECT has_table_privilege('reader', 'cleared', 'SELECT')") == [(True,)]
+        assert query("SELECT count(*) FROM ours") == [(2,)]
+        assert " 0 people changed" in flask("rebuild", cwd=folder).stdout
+    finally:
+        query("DROP OWNED BY reader", "DROP ROLE reader")
+
+
+def test_role_that_may_not_make_tables_is_told(cluster, environ, query, database, refusal):
+    query("CREATE ROLE kyc_weak LOGIN")
+    try:
+        query(f"GRANT USAGE ON SCHEMA {cluster.schemas[str(database)]} TO kyc_weak")
+        url = environ["DATABASE_URL"].replace("//postgres@", "//kyc_weak@")
+        assert "permission denied for schema" in refusal({**environ, "DATABASE_URL": url})
+    finally:
+        query("DROP OWNED BY kyc_weak", "DROP ROLE kyc_weak")
 
 
 # Two machines
