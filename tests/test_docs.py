@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import hmac
 import importlib.util
 import io
 import json
@@ -594,9 +593,15 @@ def test_receiver_example_takes_what_forward_sends(runner, send, monkeypatch):
         thread.join()
         server.server_close()
     assert (result.exit_code, "user-42 approved None" in result.output) == (0, True)
-    digest = hmac.digest(b"another secret", b"1.{}", "sha256").hex()
-    headers = {"Persona-Signature": f"t=1,v1={digest}", "Content-Type": "application/json"}
-    assert names["app"].test_client().post("/kyc", data=b"{}", headers=headers).status_code == 401
+    body = b'{"person": {"reference_id": "user-42", "status": null, "hold": null}}'
+    wrong, right = (sign(body, one)["Persona-Signature"] for one in ("another secret", secret))
+
+    def post(headers):
+        options = {"headers": headers, "content_type": "application/json"}
+        return names["app"].test_client().post("/kyc", data=body, **options).status_code
+
+    assert post({}) == post({"Persona-Signature": wrong}) == 401
+    assert post({"Persona-Signature": f"{wrong} {right}"}) == 204
 
 
 # Deployment
