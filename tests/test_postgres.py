@@ -168,6 +168,17 @@ def test_foreign_table_is_left_alone(environ, query):
         kyc.prepare_database(kyc.read_config(environ))
 
 
+def test_role_that_may_not_make_the_tables_is_one_line(environ, refusal, cluster, query, database):
+    schema = cluster.schemas[str(database)]
+    query("CREATE ROLE guest LOGIN", f"GRANT USAGE ON SCHEMA {schema} TO guest")
+    try:
+        url = cluster.url(schema).replace("//postgres@", "//guest@")
+        said = refusal({**environ, "DATABASE_URL": url})
+        assert f"app.py: DATABASE_URL: permission denied for schema {schema}\n" in said
+    finally:
+        query("DROP OWNED BY guest", "DROP ROLE guest")
+
+
 def test_commit_that_fails_is_503_and_not_stored(send, query):
     query(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
