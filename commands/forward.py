@@ -169,8 +169,8 @@ def forward(url: str | None, once: bool, ask: bool, forget: bool, as_json: bool)
     else:
         secrets = read_secrets()
         kyc.start_logging()
-        with only_one(), told_to_stop() as stopping:
-            follow(url, secrets, stopping, once)
+        with only_one() as guard, told_to_stop() as stopping:
+            follow(url, secrets, stopping, once, guard)
 
 
 def read_secrets() -> tuple[bytes, ...]:
@@ -190,13 +190,13 @@ def read_secrets() -> tuple[bytes, ...]:
 
 
 @contextlib.contextmanager
-def only_one() -> Iterator[None]:
-    """Hold the lock of this command for the block; on PostgreSQL be the one of this name."""
+def only_one() -> Iterator[Any]:
+    """Hold the lock of this command; on PostgreSQL yield the connection whose name is the lock."""
     if cli.on_postgres():
         with contextlib.closing(cli.database_path().connect(name=NAME)) as db:
             if db.execute(COUNT_NAMED, (NAME,)).fetchone()[0] > 1:
                 raise click.ClickException(RUNS_ALREADY)
-            yield
+            yield db
         return
     file = open_lock()
     try:
@@ -228,14 +228,19 @@ def told_to_stop() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def follow(url: str, secrets: tuple[bytes, ...], stopping: threading.Event, once: bool) -> None:
+def follow(
+    url: str, secrets: tuple[bytes, ...], stopping: threading.Event, once: bool, guard: Any
+) -> None:
     """Forward changes until told to stop.
 
     The database is opened for each look anew, for it may be replaced. What is wrong with it ends
-    the command only at its start.
+    the command only at its start. On PostgreSQL the loss of the connection that holds the lock
+    ends it, too; the unit starts it again.
     """
     last: dict[str, Any] = {}
     while not stopping.is_set():
+        if guard:
+            guard.execute("SELECT 1")  # once it is lost another process may start
         try:
             with contextlib.closing(look(last)) as db:
                 enter(db, url.partition("?")[0])
