@@ -198,7 +198,7 @@ def only_one() -> Iterator[Any]:
                 raise click.ClickException(RUNS_ALREADY)
             yield db
         return
-    file = open_lock()
+    file = kyc.open_lock(cli.database_path(), ".forward")
     try:
         kyc.wait_for_lock(file, seconds=1)
     except kyc.DatabaseError:
@@ -208,12 +208,6 @@ def only_one() -> Iterator[Any]:
         yield
     finally:
         os.close(file)
-
-
-def open_lock() -> int:
-    """Open the lock file, which lies beside the database."""
-    path = cli.database_path()
-    return os.open(path.with_name(path.name + ".forward"), os.O_RDWR | os.O_CREAT, 0o600)
 
 
 @contextlib.contextmanager
@@ -405,7 +399,7 @@ def is_running() -> bool:
     if cli.on_postgres():
         with contextlib.closing(cli.open_database(readonly=True)) as db:
             return db.execute(COUNT_NAMED, (NAME,)).fetchone()[0] > 0
-    file = open_lock()
+    file = kyc.open_lock(cli.database_path(), ".forward")
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

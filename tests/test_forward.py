@@ -481,6 +481,13 @@ def test_a_wrong_call_is_one_line(arguments, secret, words, runner, monkeypatch,
     assert "short" not in result.output
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_lock_file_that_root_makes_is_the_owners(once, database):
+    os.chown(database, 12345, 12345)
+    once()
+    assert os.stat(f"{database}.forward").st_uid == 12345
+
+
 def test_forget_begins_anew(once, receiver, runner, send):
     send("inquiry.approved", reference_id="user-1")
     once()
