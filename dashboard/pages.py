@@ -127,6 +127,8 @@ def explain_end(hold: Row | None, status: str | None) -> str:
         return ""
     if hold["rule"] == "kyc.held":
         return "Only flask release ends it."
+    if hold["lasting"] and " " not in hold["rule"]:  # of any object status
+        return "It stands until its rule is taken out of handlers.py."
     if hold["lasting"]:
         return "It stands until a newer event of this name says otherwise."
     seen = "Nobody has decided since."

@@ -288,14 +288,21 @@ def test_hold_by_hand_says_who_ends_it(get, send, runner):
     assert "Only flask release ends it." in page
 
 
-def test_own_rule_of_a_hold_lasts(get, send, handlers, create):
-    kyc.hold_rule("account.updated", object_status="Frozen")
+@pytest.mark.parametrize(
+    ("object_status", "end"),
+    [
+        ("Frozen", "a newer event of this name says otherwise."),
+        (None, "its rule is taken out of handlers.py."),
+    ],
+)
+def test_own_rule_of_a_hold_lasts(handlers, create, object_status, end):
+    kyc.hold_rule("account.updated", object_status)
     app = create()
     deliver(app, build("inquiry.approved", reference_id="user-1", account_id="act_1"))
     deliver(app, build("account.updated", account_id="act_1", object_status="Frozen"))
     page = app.test_client().get("/people/user-1", headers=BEARER).text
     assert "account.updated: Frozen" in page
-    assert "It stands until a newer event of this name says otherwise." in page
+    assert f"It stands until {end}" in page
 
 
 def test_templates_that_do_not_count_are_told_apart(create):
