@@ -311,6 +311,12 @@ def show_age(time: str) -> str:
     return f"{'in ' * (seconds < 0)}{abs(seconds) // length}{unit}"
 
 
+def when(time: str) -> str:
+    """Return a time with its age."""
+    age = show_age(time)
+    return f"{show_time(time)} UTC, {age}{'' if age.startswith('in ') else ' ago'}"
+
+
 def ago(**age: int) -> str:
     """Return the time so long ago, as the tables hold it."""
     return kyc.format_time(datetime.now(UTC) - timedelta(**age))

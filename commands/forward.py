@@ -413,20 +413,14 @@ def describe(standing: dict[str, Any]) -> None:
     """Print where forwarding stands."""
     lines = [f"to {standing['url']}: {'runs' if standing['running'] else 'does NOT run'}"]
     if standing["accepted_at"]:
-        lines += [f"accepted to change {standing['position']:,}, {when(standing['accepted_at'])}"]
-    first = f", the first of {when(standing['waiting_since'])}" if standing["waiting"] else ""
+        accepted_at = cli.when(standing["accepted_at"])
+        lines += [f"accepted to change {standing['position']:,}, {accepted_at}"]
+    first = f", the first of {cli.when(standing['waiting_since'])}" if standing["waiting"] else ""
     lines += [f"waiting  {cli.plural(standing['waiting'], 'change')}{first}"]
     if standing["not_begun"]:
         lines += [f"and then {cli.plural(standing['not_begun'], 'person', 'people')} to begin with"]
     if standing["attempts"]:
-        times = (
-            f"{cli.plural(standing['attempts'], 'time')} since {when(standing['failing_since'])}"
-        )
-        lines += [f"refused  {times}: {standing['error']}"]
+        times, since = cli.plural(standing["attempts"], "time"), cli.when(standing["failing_since"])
+        lines += [f"refused  {times} since {since}: {standing['error']}"]
     for line in lines:
         click.echo(cli.printable(line))
-
-
-def when(time: str) -> str:
-    """Return a time with its age."""
-    return f"{cli.show_time(time)} UTC ({cli.show_age(time)} ago)"

@@ -138,19 +138,14 @@ def list_facts(person: Row) -> Iterator[tuple[str, str]]:
     """Yield what a support person asks first, as label and words."""
     if person["status"]:
         yield "decided by", f"{person['event_name']} of {person['inquiry_id']}"
-        yield "since", when(person["event_at"])
+        yield "since", cli.when(person["event_at"])
     for hold in person["holds"]:
-        words = f"{hold['hold']}, {when(hold['event_at'])}"
+        words = f"{hold['hold']}, {cli.when(hold['event_at'])}"
         yield ("HELD", words) if hold["stands"] else ("was held", f"{words}; decided after it")
         if hold["stands"]:
             yield "  until", hold["until"]
     if accounts := {one["account_id"] for one in person["inquiries"]} - {None}:
         yield "account", ", ".join(sorted(accounts)[:5])
-
-
-def when(time: str) -> str:
-    """Return a time with its age."""
-    return f"{cli.show_time(time)} UTC, {cli.show_age(time)} ago"
 
 
 def explain_event(event: Row) -> str | None:

@@ -400,6 +400,12 @@ def test_status_says_which_event_decides(send, run):
     assert lines[-1].split()[3:] == ["inquiry.approved", "decides", "inq_1", "evt_2"]
 
 
+def test_status_shows_a_time_ahead(send, run):
+    send("inquiry.approved", reference_id="user-1", created_at="2999-01-01")
+    facts = run("status", "user-1").split("\n\n")[0]
+    assert re.search(r"since +2999-01-01 00:00 UTC, in [0-9]+d\n", facts)
+
+
 def test_status_says_of_every_inquiry_whether_it_counts(send, environ, shell):
     ids = {"reference_id": "user-1"}
     send("inquiry.approved", inquiry_id="inq_1", template_id="itmpl_id", created_at=EARLY, **ids)
