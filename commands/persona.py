@@ -70,7 +70,7 @@ class Persona:
             if not following:
                 return
             asked.add(following)
-            after = following
+            after, again = following, 0
 
     def fetch(
         self, path: str, query: dict[str, str], page: dict[str, Any], search: Any = None

@@ -371,7 +371,7 @@ def test_a_cursor_that_is_gone(api, runner, db):
 def test_a_page_that_repeats(api, runner, db):
     api.add(*map(event, range(350)))
     first = content(json.dumps(api.answer("GET", "/events", {"page[size]": "100"}, b"")).encode())
-    api.faults = [None, first, None, first, first]
+    api.faults = [None, *[first, first, None] * 3]
     result = runner("backfill")
     assert result.exit_code == 0
     assert "350 events fetched" in result.output
