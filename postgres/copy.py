@@ -54,6 +54,8 @@ def copy(url: str) -> None:
 
     flask copy postgresql://kyc@db.example.com/kyc
     """
+    if cli.on_postgres():
+        raise click.ClickException("this copies a file: pg_dump and pg_restore copy PostgreSQL")
     try:
         address = read_address(url)
     except kyc.ConfigError as error:

@@ -492,3 +492,9 @@ def test_copy_moves_a_journal_and_goes_on_where_it_was_interrupted(
     checked = target.test_cli_runner().invoke(args=["check", "--full"]).output
     assert "0 of" in checked
     assert "rows differ" in checked
+
+
+def test_copy_from_postgresql_is_one_line(runner, environ):
+    result = runner("copy", environ["DATABASE_URL"])
+    words = "this copies a file: pg_dump and pg_restore copy PostgreSQL"
+    assert (result.exit_code, result.output) == (1, f"Error: {words}\n")
