@@ -176,11 +176,8 @@ def forward(url: str | None, once: bool, ask: bool, forget: bool, as_json: bool)
 def read_secrets() -> tuple[bytes, ...]:
     """Return what signs; raise ClickException, which never quotes it."""
     theirs, own = "PERSONA_WEBHOOK_SECRET", "KYC_FORWARD_SECRET"
-    given = {
-        theirs + end: os.environ[own + end] for end in ("", "_FILE") if own + end in os.environ
-    }
     try:
-        secrets = kyc.read_secrets(given)  # of the same form
+        secrets = kyc.read_secrets({theirs: os.environ.get(own, "")})  # of the same form
     except kyc.ConfigError as error:
         words = str(error).replace(theirs, own).partition(" as copied")[0]
         raise click.ClickException(words.replace("webhook secret", "secret")) from None
