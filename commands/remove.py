@@ -66,6 +66,7 @@ def obey(db: sqlite3.Connection, order: dict[str, Any], trial: bool = False) -> 
     return removed
 
 
+OWNS_EVENTS = "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'events'::regclass"
 CHUNK = 1000  # positions that are pruned at a time
 READER_SECONDS = 5  # that a reader of the WAL is waited for
 PRUNE = """
@@ -109,6 +110,9 @@ def prune(before: str, yes: bool, **order: str | None) -> None:
 def report_removal(db: sqlite3.Connection, removed: int) -> None:
     """Say how many bodies were removed, when they are gone from the files, too."""
     if cli.on_postgres():
+        if not db.execute(OWNS_EVENTS).fetchone()[0]:
+            words = "removed, but only the tables' owner frees the space: run this again as it"
+            raise kyc.DatabaseError(words)
         db.execute("VACUUM events")  # its own WAL and copies of it keep the bytes for a while
         click.echo(f"{cli.plural(removed, 'body', 'bodies')} removed")
         return

@@ -239,6 +239,9 @@ def test_role_with_the_least_rights_of_the_docs_serves(create, cluster, query, d
         for command in (["rebuild"], ["hold", "user-1", "--reason", "x"], ["status", "user-1"]):
             result = run(args=command)
             assert result.exit_code == 0, result.output
+        result = run(args=["prune", "--older-than", "0s", "--yes"])
+        assert "only the tables' owner frees the space" in result.output
+        assert runner("prune", "--older-than", "0s", "--yes").output == "0 bodies removed\n"
         with contextlib.closing(service.config["KYC"].database.connect()) as db:
             for statement in ("DROP TABLE events", "ALTER TABLE events DISABLE TRIGGER ALL"):
                 with pytest.raises(sqlite3.OperationalError, match="must be owner"):
