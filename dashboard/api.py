@@ -1,7 +1,8 @@
 """The status API: people, a person, their timeline, the journal. JSON, in pages.
 
-A page ends with `next`: what to give as `after` to get the one that follows, null for the last. A
-page of people, or of events by name, may be short, even empty, and not the last.
+A page ends with `next`: what to give as `after` to get the one that follows, null for the last; of
+the journal always a position. A page of people, or of events by name, may be short, even empty, and
+not the last.
 
 A path that ends in /events is the timeline of the ID before it. Whoever has a reference ID that
 ends so is found by their account or inquiry ID.
