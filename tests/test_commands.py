@@ -38,6 +38,7 @@ COMMANDS = {  # with arguments with which they open the database
     "release": ["user-1", "--reason", "r"],
 }
 OTHERS = ["trigger", "check", "handlers", "version"]
+OTHERS += ["backfill", "reconcile", "forward", "export", "copy"]
 
 
 @pytest.fixture
