@@ -373,8 +373,8 @@ class Connection:
         self.shielded = not inner
 
     def set_progress_handler(self, *_: Any) -> None:
-        """Let no statement take long; who asks SQLite now and then is not asked here."""
-        self.execute("SET statement_timeout = '3s'")
+        """Limit each statement to two seconds; PostgreSQL has no callback to ask."""
+        self.execute("SET statement_timeout = '2s'")
 
     def interrupt(self) -> None:
         """Cancel the statement that another thread waits for."""
