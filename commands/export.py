@@ -89,6 +89,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         descriptor = os.open(part, flags, 0o600)
+        os.fchmod(descriptor, 0o600)  # one that was left over keeps its mode
         with open(descriptor, "w", newline="", encoding="utf-8") as file:
             yield file
         part.replace(path)

@@ -57,7 +57,8 @@ def test_a_spreadsheet_runs_nothing(send, runner):
 
 def test_output_goes_to_a_private_file_as_a_whole(filled, runner, tmp_path, monkeypatch):
     path = tmp_path / "people.csv"
-    path.write_text("older")
+    for left_over in (path, tmp_path / "people.csv.part"):
+        left_over.write_text("older")
     assert runner("export", "people", "--output", str(path)).output == ""
     assert path.read_text() == runner("export", "people").output
     assert path.stat().st_mode & 0o777 == 0o600
