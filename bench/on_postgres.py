@@ -95,10 +95,12 @@ def measure_all(seconds: int, rounds: int) -> Runs:
 
 def report(runs: Runs, seconds: int, rounds: int) -> str:
     """Return POSTGRES.md."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        fsync = time_fsync(Path(folder))
     lines = ["# Results on PostgreSQL", "", "Written by `python bench/on_postgres.py`.", ""]
     lines += [
         f"- Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {len(CORES)} cores;"
-        f" fdatasync of 4 KiB, idle: {time_fsync(Path(tempfile.mkdtemp(dir='/var/tmp'))):.2f} ms",
+        f" fdatasync of 4 KiB, idle: {fsync:.2f} ms",
         f"- Method: rounds: {rounds}, interleaved; {seconds} s a case after 1 s of warm-up;"
         " medians of the rounds, and medians of each round's ratios",
         "- Placement: the worker on one core; PostgreSQL and wrk on the others, alike for both",
