@@ -1,6 +1,6 @@
 """PostgreSQL: what only this engine can do wrong, and two machines on one database.
 
-The tests of other modules that are marked `both_engines` run on it, too.
+Those of the modules in conftest.BOTH_ENGINES run on it, too.
 """
 
 import contextlib

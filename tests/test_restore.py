@@ -43,7 +43,7 @@ def make(path, bodies=(), received_at=NOW, **order):
 
 
 def obey(path, subject=None, before=NOW, command="redact"):
-    """Write an order of redaction into a journal; return how many bodies it removed."""
+    """Write an order of redaction into a journal."""
     values = {"subject": subject, "before": before, "command": command}
     with contextlib.closing(kyc.connect(path)) as db, kyc.transaction(db):
         db.execute(ORDER, {**values, "now": NOW, "by": "ops", "reason": None})
