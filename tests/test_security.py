@@ -6,7 +6,8 @@ import re
 import pytest
 from conftest import ROOT, build
 
-SOURCES = [ROOT / "app.py", *sorted((ROOT / "commands").glob("*.py"))]
+FOLDERS = ("commands", "dashboard")
+SOURCES = [ROOT / "app.py", *(path for name in FOLDERS for path in (ROOT / name).glob("*.py"))]
 SQL = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|PRAGMA|BEGIN|CREATE|ATTACH|VACUUM)\b")
 NAMES = {  # that may stand in a statement: tables and columns that the source itself names, numbers
     *("table", "key", "view", "names", "values", "into", "identity", "sets", "old", "new"),
