@@ -26,11 +26,7 @@ COUNTS = """
 KNOWN = "SELECT event_id FROM events WHERE event_id IN (:keys)"
 BODILESS = f"{KNOWN} AND body IS NULL"
 STANDINGS = "SELECT reference_id, status, hold FROM kyc_status WHERE reference_id IN (:keys)"
-READ_EVENT = """
-    SELECT body, received_at, object_status, inquiry_id, account_id, reference_id, template_id
-    FROM events WHERE event_id = ?
-"""
-LEARNED = ("object_status", "inquiry_id", "account_id", "reference_id", "template_id")
+READ_EVENT = "SELECT body, received_at FROM events WHERE event_id = ?"
 
 
 @dataclass
@@ -193,7 +189,7 @@ def run_handlers(tally: Tally) -> None:
 
 
 def read_again(db: sqlite3.Connection, waiting: kyc.Delivery | str) -> kyc.Delivery | None:
-    """Return an event for its handlers, by its ID from the journal, with all that copies named.
+    """Return an event for its handlers, by its ID from the journal.
 
     None if its body was removed meanwhile: it stays as it is.
     """
@@ -203,8 +199,7 @@ def read_again(db: sqlite3.Connection, waiting: kyc.Delivery | str) -> kyc.Deliv
     if row["body"] is None:
         return None
     body = row["body"].encode() if isinstance(row["body"], str) else row["body"]
-    event = kyc.read_event(body, row["received_at"])
-    return kyc.Delivery(event._replace(**{name: row[name] for name in LEARNED}))
+    return kyc.Delivery(kyc.read_event(body, row["received_at"]))
 
 
 def report(tally: Tally) -> None:
