@@ -171,16 +171,6 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
         yield
 
 
-def append(db: sqlite3.Connection, deliveries: list[kyc.Delivery]) -> None:
-    """Store deliveries, project them and run their handlers, as the service does."""
-    with turn():
-        with kyc.transaction(db):
-            outcomes = kyc.store(db, deliveries)
-        for delivery, outcome in zip(deliveries, outcomes, strict=True):
-            delivery.outcome = outcome
-        kyc.dispatch(db, [delivery for delivery in deliveries if delivery.outcome is None])
-
-
 NAMED = """  -- by events of an inquiry that has no status yet
     SELECT account_id, reference_id FROM events
     WHERE inquiry_id = :id AND COALESCE(object_type, '') NOT IN ('case', 'transaction')

@@ -129,7 +129,12 @@ def add_event(db: sqlite3.Connection, name: str, person: str, object_id: str, wo
     attributes = {"name": name, "created-at": created_at, "payload": {"data": thing}}
     document = {"data": {"type": "event", "id": new_id("evt"), "attributes": attributes}}
     body = json.dumps(document).encode()
-    cli.append(db, [kyc.Delivery(kyc.read_event(body, now), body, now, source="operator")])
+    delivery = kyc.Delivery(kyc.read_event(body, now), body, now, source="operator")
+    with cli.turn():
+        with kyc.transaction(db):
+            (delivery.outcome,) = kyc.store(db, [delivery])
+        if delivery.outcome is None:
+            kyc.dispatch(db, [delivery])
 
 
 def add_millisecond(time: str) -> str:
