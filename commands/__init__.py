@@ -171,6 +171,12 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
         yield
 
 
+def empty_wal(db: sqlite3.Connection) -> bool:
+    """Copy the WAL into the database and cut it; tell if no reader was in the way."""
+    with turn():
+        return kyc.checkpoint(db, "TRUNCATE")
+
+
 NAMED = """  -- by events of an inquiry that has no status yet
     SELECT account_id, reference_id FROM events
     WHERE inquiry_id = :id AND COALESCE(object_type, '') NOT IN ('case', 'transaction')

@@ -114,15 +114,11 @@ def report_removal(db: sqlite3.Connection, removed: int) -> None:
             words = "removed, but only the tables' owner frees the space: run this again as it"
             raise kyc.DatabaseError(words)
         db.execute("VACUUM events")  # its own WAL and copies of it keep the bytes for a while
-        click.echo(f"{cli.plural(removed, 'body', 'bodies')} removed")
-        return
-    deadline = time.monotonic() + READER_SECONDS
-    while time.monotonic() < deadline:
-        with cli.turn():
-            emptied = kyc.checkpoint(db, "TRUNCATE")
-        if emptied:
-            click.echo(f"{cli.plural(removed, 'body', 'bodies')} removed")
-            return
-        time.sleep(0.1)
-    words = "removed, but a reader keeps the bytes in the WAL: end it, run this again"
-    raise kyc.DatabaseError(words)
+    else:
+        deadline = time.monotonic() + READER_SECONDS
+        while not cli.empty_wal(db):
+            if time.monotonic() > deadline:
+                words = "removed, but a reader keeps the bytes in the WAL: end it, run this again"
+                raise kyc.DatabaseError(words)
+            time.sleep(0.1)
+    click.echo(f"{cli.plural(removed, 'body', 'bodies')} removed")

@@ -101,7 +101,7 @@ def restore(path: Path, as_json: bool) -> None:
             restore_redactions(path, old, db, tally)
         finally:
             report(path, tally, as_json)
-        empty_wal(db)
+        cli.empty_wal(db)
     if damaged:
         raise click.exceptions.Exit(1)
 
@@ -112,12 +112,6 @@ def is_damaged(old: sqlite3.Connection) -> bool:
         return old.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok"
     except sqlite3.DatabaseError:
         return True
-
-
-def empty_wal(db: sqlite3.Connection) -> None:
-    """Copy the WAL into the database and cut it, unless a reader is in the way."""
-    with cli.turn():
-        kyc.checkpoint(db, "TRUNCATE")
 
 
 @contextlib.contextmanager
@@ -167,7 +161,7 @@ def restore_events(
             if rows:
                 append(db, rows, tally)
                 if kyc.wal_paths(cli.database_path())[0].stat().st_size > kyc.MAX_WAL:
-                    empty_wal(db)
+                    cli.empty_wal(db)
 
 
 def append(db: sqlite3.Connection, rows: list[sqlite3.Row], tally: Tally) -> None:
