@@ -164,6 +164,10 @@ def turn() -> contextlib.AbstractContextManager[None]:
     return kyc.turn(database_path(), seconds=TURN_SECONDS)
 
 
+class UndoError(Exception):
+    """Undoes a transaction that only tried what it would change."""
+
+
 @contextlib.contextmanager
 def writing(db: sqlite3.Connection) -> Iterator[None]:
     """Run the block as one transaction, in turn with the service's own."""

@@ -38,10 +38,6 @@ RECENT = "SELECT inquiry_id FROM inquiries WHERE event_at >= ? ORDER BY event_at
 Items = dict[str, Any]  # Persona's inquiries by ID; None for one that it does not know
 
 
-class UndoneError(Exception):
-    """What was appended is not to be kept."""
-
-
 @cli.command
 @click.option("--since", type=cli.Moment(), default="30d", help="Updated since.  [default: 30d]")
 @click.option("--mend", is_flag=True, help="Append an event for each status that is missing here.")
@@ -213,8 +209,8 @@ def append(db: sqlite3.Connection, delivery: kyc.Delivery, status: str, dry_run:
             delivery.outcome = kyc.store(db, [delivery])[0]
             rows = kyc.select(db, INQUIRIES, [delivery.event.inquiry_id])
             if dry_run or rows[0]["status"] != status:
-                raise UndoneError
-    except UndoneError:
+                raise cli.UndoError
+    except cli.UndoError:
         return rows[0]["status"] == status
     with cli.turn():
         kyc.dispatch(db, [delivery] if delivery.outcome is None else [])

@@ -51,18 +51,14 @@ def redact(subject: str, yes: bool, **order: str | None) -> None:
         report_removal(db, obey(db, order))
 
 
-class UndoError(Exception):
-    """Undoes a transaction that only tried what it would change."""
-
-
 def obey(db: sqlite3.Connection, order: dict[str, Any], trial: bool = False) -> int:
     """Write down an order, which the tables obey; return how many bodies it removes."""
-    with contextlib.suppress(UndoError), cli.writing(db):
+    with contextlib.suppress(cli.UndoError), cli.writing(db):
         before = db.total_changes
         db.execute(ORDER, order | {"now": kyc.utc_now()})
         removed = db.total_changes - before - 1
         if trial:
-            raise UndoError
+            raise cli.UndoError
     return removed
 
 
