@@ -13,28 +13,10 @@ import commands as cli
 from postgres import Connection, read_address
 
 CHUNK = 500  # positions in one transaction
-FIXED = [
-    "event_id",
-    "name",
-    "created_at",
-    "received_at",
-    "object_type",
-    "object_id",
-    "source",
-    "signed_by",
-    "attempt",
-    "body_sha256",
-]
-FILLED = [
-    "object_status",
-    "inquiry_id",
-    "account_id",
-    "reference_id",
-    "template_id",
-    "state",
-    "error",
-    "redacted_at",
-]
+FIXED = ["event_id", "name", "created_at", "received_at", "object_type", "object_id"]
+FIXED += ["source", "signed_by", "attempt", "body_sha256"]
+FILLED = ["object_status", "inquiry_id", "account_id", "reference_id", "template_id"]
+FILLED += ["state", "error", "redacted_at"]
 COLUMNS = [*FIXED, *FILLED, "body"]
 JOURNAL = ("events", "mentions", "redactions")
 BETWEEN = "FROM events WHERE rowid > ? AND rowid <= ? ORDER BY rowid"
