@@ -24,7 +24,7 @@ STYLE = Path(__file__).with_name("style.css").read_bytes()
 STYLE_VERSION = hashlib.sha256(STYLE).hexdigest()[:8]
 SHOWN = 50  # rows of a page
 ATTENTION = 10  # of each kind
-CARDS = ("needs_review", "completed", "pending", "created", "failed", "expired", "declined")
+CARDS = ("completed", "pending", "created", "failed", "expired", "declined")
 STANDINGS = {
     "approved": "Approved",
     "declined": "Declined",
