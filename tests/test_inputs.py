@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import random
-import sqlite3
 import string
 from pathlib import Path
 
@@ -116,8 +115,7 @@ def check_journal(db):
         if row["body"] is not None:
             body = row["body"] if isinstance(row["body"], bytes) else row["body"].encode()
             assert hashlib.sha256(body).hexdigest() == row["body_sha256"]
-    if isinstance(db, sqlite3.Connection):
-        assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
 
 
 def test_mutated_bodies_over_real_http(serve):
