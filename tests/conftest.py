@@ -486,6 +486,21 @@ def send_together(send, database, bodies):
         return [answer.result() for answer in answers]
 
 
+def run_threads(target, count):
+    """Run `target` in `count` threads at once; return when all have ended."""
+    threads = [threading.Thread(target=target) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def ask(path, query, *values):
+    """Run SQL by a connection of its own, as the sqlite3 shell does; return the rows."""
+    with contextlib.closing(sqlite3.connect(path, timeout=20, isolation_level=None)) as db:
+        return db.execute(query, values).fetchall()
+
+
 def back_up(database, copy):
     """Make a consistent copy of a database."""
     with (

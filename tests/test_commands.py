@@ -17,7 +17,7 @@ import threading
 import time
 
 import pytest
-from conftest import PAYLOADS, ROOT, SECRET, bare_environment, build, locked_file
+from conftest import PAYLOADS, ROOT, SECRET, ask, bare_environment, build, locked_file
 
 import app as kyc
 from commands.names import doubt_name
@@ -89,24 +89,18 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def execute(database, statement, *values):
-    """Run SQL in a connection of its own, as the sqlite3 shell does."""
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
-        return db.execute(statement, values).fetchall()
-
-
 def projection(database):
     """Return the projections, but for when rows were written."""
     tables = ("inquiries", "accounts", "holds", "kyc_status")
     query = "SELECT * FROM {} ORDER BY 1"
-    rows = {table: execute(database, query.format(table)) for table in tables}
+    rows = {table: ask(database, query.format(table)) for table in tables}
     return rows | {"kyc_status": [row[:-1] for row in rows["kyc_status"]]}
 
 
 def people(database):
     """Return where everybody stands."""
     query = "SELECT reference_id, status || iif(hold IS NULL, '', ', held') FROM kyc_status"
-    return dict(execute(database, query))
+    return dict(ask(database, query))
 
 
 def read_line(process, seconds=15):
@@ -239,7 +233,7 @@ def test_triggered_event_is_received(serve, flask, database):
 def test_trigger_finds_the_local_server_and_sends_many(serve, run, database, monkeypatch):
     monkeypatch.setenv("PORT", str(serve().port))
     assert run("trigger", "inquiry.created", "--count", "3").count(" -> 200 ") == 3
-    assert execute(database, "SELECT count(*) FROM inquiries") == [(3,)]
+    assert ask(database, "SELECT count(*) FROM inquiries") == [(3,)]
     output = run("trigger", "inquiry.created", "--event-id", "evt_1", "--count", "2")
     assert output.splitlines()[1].endswith('{"received": true, "duplicate": true}')
 
@@ -676,13 +670,13 @@ def failed(send, database):
     for event_id in ("evt_2", "evt_1"):
         ids = {"reference_id": "user-1", "inquiry_id": "inq_1"}
         send("inquiry.approved", event_id=event_id, **ids)
-    execute(database, "UPDATE events SET state = 'failed', error = 'ValueError: x'")
+    ask(database, "UPDATE events SET state = 'failed', error = 'ValueError: x'")
 
 
 @pytest.fixture
 def note(handlers, app, database):
     """A handler that writes the IDs of approvals to a table."""
-    execute(database, "CREATE TABLE notes (event_id TEXT)")
+    ask(database, "CREATE TABLE notes (event_id TEXT)")
 
     @kyc.on("inquiry.approved")
     def note(db, event):
@@ -691,20 +685,20 @@ def note(handlers, app, database):
 
 def states(database):
     """Return state and error of all events."""
-    rows = execute(database, "SELECT event_id, state, error FROM events")
+    rows = ask(database, "SELECT event_id, state, error FROM events")
     return {event_id: (state, error) for event_id, state, error in rows}
 
 
 def test_replay_runs_all_failed_and_pending_events(failed, note, run, database):
-    execute(database, "UPDATE events SET state = 'pending' WHERE event_id = 'evt_1'")
+    ask(database, "UPDATE events SET state = 'pending' WHERE event_id = 'evt_1'")
     assert run("replay") == "evt_2 processed\nevt_1 processed\n2 processed, 0 failed\n"
-    assert execute(database, "SELECT event_id FROM notes") == [("evt_2",), ("evt_1",)]
+    assert ask(database, "SELECT event_id FROM notes") == [("evt_2",), ("evt_1",)]
     assert states(database) == dict.fromkeys(("evt_1", "evt_2"), ("processed", None))
 
 
 def test_replay_runs_one_event(failed, flask, database):
     flask("replay", "evt_1", PERSONA_WEBHOOK_SECRET="")
-    assert execute(database, "SELECT event_id FROM failed_events") == [("evt_2",)]
+    assert ask(database, "SELECT event_id FROM failed_events") == [("evt_2",)]
 
 
 def test_replay_keeps_the_error_of_a_handler_that_fails_again(failed, note, run, database):
@@ -715,7 +709,7 @@ def test_replay_keeps_the_error_of_a_handler_that_fails_again(failed, note, run,
 
     assert "evt_2 failed: LookupError: no such plan\n" in run("replay", code=1)
     assert states(database)["evt_2"] == ("failed", "LookupError: no such plan")
-    assert execute(database, "SELECT event_id FROM notes") == [("evt_1",)]
+    assert ask(database, "SELECT event_id FROM notes") == [("evt_1",)]
 
 
 def test_replay_of_what_did_not_fail_is_refused(failed, runner):
@@ -767,7 +761,7 @@ def test_harmless_failed_event_is_dismissed(failed, run, database):
         "processed",
         "dismissed by alice: a trial (was: ValueError: x)",
     )
-    assert execute(database, "SELECT event_id FROM failed_events") == [("evt_2",)]
+    assert ask(database, "SELECT event_id FROM failed_events") == [("evt_2",)]
 
 
 def test_only_failed_events_are_dismissed(failed, runner, database):
@@ -800,12 +794,12 @@ def test_rebuild_mends_what_was_wrecked(send, run, database):
         send("inquiry.approved", reference_id=f"user-{number}", inquiry_id=f"inq_{number}")
     run("hold", "user-7", "--reason", "trial")
     before = projection(database)
-    execute(database, "UPDATE kyc_status SET status = 'declined' WHERE reference_id < 'user-2'")
-    execute(database, "DELETE FROM inquiries WHERE inquiry_id > 'inq_2'")
-    execute(database, "DELETE FROM kyc_status WHERE reference_id = 'user-5'")
-    execute(database, "DELETE FROM holds")
+    ask(database, "UPDATE kyc_status SET status = 'declined' WHERE reference_id < 'user-2'")
+    ask(database, "DELETE FROM inquiries WHERE inquiry_id > 'inq_2'")
+    ask(database, "DELETE FROM kyc_status WHERE reference_id = 'user-5'")
+    ask(database, "DELETE FROM holds")
     more = "SELECT 'inq_x', 'user-x', NULL, NULL, NULL, 'failed', 'e', 'n', '', 2, 3"
-    execute(database, f"INSERT INTO inquiries {more}")
+    ask(database, f"INSERT INTO inquiries {more}")
     output = run("rebuild")
     assert projection(database) == before
     assert "user-0: declined -> approved\n" in output
@@ -817,9 +811,9 @@ def test_rebuild_loses_no_delivery_that_arrives_meanwhile(serve, flask, database
     with load(serve()) as acknowledged:
         for wreck in ("DELETE FROM inquiries", "DELETE FROM kyc_status"):
             time.sleep(0.5)
-            execute(database, wreck)
+            ask(database, wreck)
             flask("rebuild")
-    stored = {row[0] for row in execute(database, "SELECT event_id FROM events")}
+    stored = {row[0] for row in ask(database, "SELECT event_id FROM events")}
     assert stored == set(acknowledged)
     before = projection(database)
     assert len(before["kyc_status"]) == 28
@@ -844,7 +838,7 @@ def test_hold_stands_until_it_is_released(send, run, database, identifier):
     assert people(database) == {"user-1": "approved, held"}
     assert run("release", identifier, "--reason", "paid") == "user-1: approved, not held\n"
     assert people(database) == {"user-1": "approved"}
-    assert execute(database, "SELECT count(*) FROM cleared") == [(1,)]
+    assert ask(database, "SELECT count(*) FROM cleared") == [(1,)]
 
 
 def test_hold_is_in_the_journal_with_who_and_why(send, run, database):
@@ -854,16 +848,16 @@ def test_hold_is_in_the_journal_with_who_and_why(send, run, database):
         SELECT name, source, object_type, object_id, object_status, inquiry_id, account_id,
             reference_id, state FROM events WHERE source = 'operator'
     """
-    user = execute(database, query)[0][4].removeprefix("chargeback, by ")
+    user = ask(database, query)[0][4].removeprefix("chargeback, by ")
     assert user
-    assert execute(database, query) == [
+    assert ask(database, query) == [
         (
             *("kyc.held", "operator", "person", "user-1", f"chargeback, by {user}"),
             *("inq_1", "act_1", "user-1", "processed"),
         )
     ]
     run("redact", "user-1", "--yes")
-    (row,) = execute(database, "SELECT hold FROM kyc_status")
+    (row,) = ask(database, "SELECT hold FROM kyc_status")
     assert row == (f"kyc.held: chargeback, by {user}",)
 
 
@@ -903,7 +897,7 @@ def test_release_says_what_still_stands(send, run):
 def test_hold_of_whom_no_event_names_needs_a_yes(app, send, runner, run, database):
     result = runner("hold", "user-9", "--reason", "r")
     assert_one_line(result, "No event names user-9", "give --yes")
-    assert execute(database, "SELECT count(*) FROM events") == [(0,)]
+    assert ask(database, "SELECT count(*) FROM events") == [(0,)]
     run("hold", "user-9", "--reason", "r", "--yes")
     run("hold", "act_9", "--reason", "r", "--yes")
     send("inquiry.approved", reference_id="user-9", inquiry_id="inq_1")
@@ -939,7 +933,7 @@ MANY_STEPS = """
 def test_backup_under_load_is_consistent(serve, flask, database, tmp_path):
     copy = tmp_path / "copy.db"
     server = serve()
-    execute(database, MANY_STEPS)
+    ask(database, MANY_STEPS)
     with load(server) as acknowledged:
         time.sleep(1)
         before = set(acknowledged)
@@ -949,7 +943,7 @@ def test_backup_under_load_is_consistent(serve, flask, database, tmp_path):
     assert seconds < 15  # it does not begin again with every event that arrives
     assert output.endswith("bytes, checked\n")
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-    assert before <= {row[0] for row in execute(copy, "SELECT event_id FROM events")}
+    assert before <= {row[0] for row in ask(copy, "SELECT event_id FROM events")}
     assert flask("rebuild", KYC_DATABASE=str(copy)).stdout.endswith(" 0 people changed\n")
     assert list(tmp_path.glob("copy*.part*")) == []
 
@@ -961,7 +955,7 @@ def test_backup_into_a_folder_is_named_by_the_time(send, run, tmp_path):
     (copy,) = (tmp_path / "backups").iterdir()
     assert re.fullmatch(r"kyc-\d{8}T\d{6}Z.db", copy.name)
     assert output.startswith(f"{copy}: ")
-    assert execute(copy, "SELECT count(*) FROM events") == [(1,)]
+    assert ask(copy, "SELECT count(*) FROM events") == [(1,)]
 
 
 def test_backup_never_overwrites(app, runner, tmp_path):
@@ -1117,8 +1111,8 @@ def test_check_names_failed_events_until_they_are_dismissed(failed, check, run):
 def test_check_names_what_drifted(send, check, database):
     for number in range(3):
         send("inquiry.approved", reference_id=f"user-{number}", inquiry_id=f"inq_{number}")
-    execute(database, "UPDATE kyc_status SET status = 'declined' WHERE reference_id = 'user-1'")
-    execute(database, "DELETE FROM inquiries WHERE inquiry_id = 'inq_2'")
+    ask(database, "UPDATE kyc_status SET status = 'declined' WHERE reference_id = 'user-1'")
+    ask(database, "DELETE FROM inquiries WHERE inquiry_id = 'inq_2'")
     assert_wrong(check(), "rows differ from the rules: inq_2, user-1, user-2; flask rebuild")
     assert_wrong(check("--full"), "rows differ from the rules: inq_2, user-1, user-2")
 
@@ -1128,7 +1122,7 @@ def test_check_looks_at_a_sample_of_a_large_journal(send, check, database, monke
     for number in range(20):
         send("inquiry.approved", reference_id=f"user-{number}", inquiry_id=f"inq_{number}")
     assert ("ok", "drift", "0 of 60 rows differ from the rules") in check()
-    execute(database, "UPDATE kyc_status SET hold = 'x'")
+    ask(database, "UPDATE kyc_status SET hold = 'x'")
     assert_wrong(check(), "20 of 60 rows differ from the rules")
 
 
@@ -1234,10 +1228,10 @@ def test_file_that_is_no_database_is_one_line(shell, database, command):
 
 
 def test_database_of_another_application_is_one_line(shell, database):
-    execute(database, "CREATE TABLE songs (title)")
+    ask(database, "CREATE TABLE songs (title)")
     for command, arguments in COMMANDS.items():
         assert_one_line(shell()(command, *arguments), "has no journal yet")
-    assert execute(database, "SELECT name FROM sqlite_schema") == [("songs",)]
+    assert ask(database, "SELECT name FROM sqlite_schema") == [("songs",)]
 
 
 @pytest.mark.parametrize("command", ["redact", "rebuild"])
@@ -1314,6 +1308,6 @@ def test_service_and_commands_share_the_handlers_of_the_team(tmp_path, serve, fl
 def test_removal_asks_on_a_terminal(send, begin, database, command, typed, options, kept):
     send("inquiry.approved", reference_id="user-1")
     output, code = on_terminal(begin, typed, *command, *options)
-    assert execute(database, "SELECT count(body) FROM events") == [(kept,)]
+    assert ask(database, "SELECT count(body) FROM events") == [(kept,)]
     assert ("[y/N]" in output) == (not options)
     assert code == kept

@@ -1,6 +1,5 @@
 """Handlers: run after the event is stored, all or nothing, counted once, healed by redelivery."""
 
-import contextlib
 import http.client
 import os
 import signal
@@ -8,7 +7,7 @@ import sqlite3
 import threading
 
 import pytest
-from conftest import Load, build, children, deploy, send_together, wait_until
+from conftest import Load, ask, build, children, deploy, run_threads, send_together, wait_until
 
 import app as kyc
 
@@ -236,21 +235,11 @@ def team(serve, tmp_path):
     return serve(cwd=folder, WEB_CONCURRENCY="2"), folder
 
 
-def read(database, query):
-    """Return the rows of a query."""
-    with contextlib.closing(sqlite3.connect(database)) as db:
-        return db.execute(query).fetchall()
-
-
 def test_handler_runs_once_for_senders_of_the_same_event_at_once(team, database):
     server, _ = team
     body = build(event_id="evt_1", reference_id="user-1")
-    threads = [threading.Thread(target=server.send, args=(body,)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert read(database, "SELECT * FROM plans") == [("evt_1", "basic")]
+    run_threads(lambda: server.send(body), 8)
+    assert ask(database, "SELECT * FROM plans") == [("evt_1", "basic")]
 
 
 def test_error_is_kept_and_logged_with_its_place(team, database):
@@ -259,7 +248,7 @@ def test_error_is_kept_and_logged_with_its_place(team, database):
     line = TEAM.splitlines().index('    return {"user-1": "basic"}[event.reference_id]') + 1
     place = f"(handlers.py:{line} find_plan)"
     query = "SELECT error FROM failed_events"
-    assert read(database, query) == [(f"KeyError: 'MARKER' {place}",)]
+    assert ask(database, query) == [(f"KeyError: 'MARKER' {place}",)]
     wait_until(lambda: f'reason="KeyError {place}"' in server.log.read_text())
     assert "MARKER" not in server.log.read_text()
 
@@ -277,11 +266,11 @@ def test_kill_while_a_handler_runs_leaves_its_event_pending_and_redelivery_runs_
         os.kill(worker, signal.SIGKILL)
     sender.join()
     (folder / "hold").unlink()
-    assert read(database, "SELECT event_id, state FROM failed_events") == [("evt_1", "pending")]
+    assert ask(database, "SELECT event_id, state FROM failed_events") == [("evt_1", "pending")]
     server.wait_until_up()
     assert server.send(body) == (200, b'{"received": true}\n')
     assert server.send(body) == (200, b'{"received": true, "duplicate": true}\n')
-    assert read(database, "SELECT * FROM plans") == [("evt_1", "basic")]
+    assert ask(database, "SELECT * FROM plans") == [("evt_1", "basic")]
 
 
 def send_in_vain(server, body):
@@ -299,7 +288,7 @@ def test_handler_that_makes_deliveries_time_out_is_blamed_by_name(team, database
     assert status == 503
     assert b'"reason": "the handler open_account did not answer in time"' in answer
     wait_until(lambda: "slow handler=open_account seconds=" in server.log.read_text())
-    wait_until(lambda: read(database, "SELECT state FROM events") == [("processed",)])
+    wait_until(lambda: ask(database, "SELECT state FROM events") == [("processed",)])
     assert server.send(body) == (200, b'{"received": true, "duplicate": true}\n')
 
 
@@ -343,9 +332,9 @@ hold_rule("inquiry.approved")
 def test_rule_takes_effect_for_the_past_at_the_next_start(serve, tmp_path, database):
     def held():
         """Return how many are held and how many not, and the status of the case's person."""
-        counts = read(database, "SELECT count(hold), count(*) - count(hold) FROM kyc_status")
+        counts = ask(database, "SELECT count(hold), count(*) - count(hold) FROM kyc_status")
         case = "SELECT status FROM kyc_status WHERE inquiry_id = 'inq_case'"
-        return *counts[0], read(database, case)
+        return *counts[0], ask(database, case)
 
     folder = deploy(tmp_path / "team", "")
     server = serve(cwd=folder)
@@ -368,7 +357,7 @@ def test_rules_are_those_of_the_newest_start(serve, database):
     old, new = (serve(KYC_TEMPLATES=f"itmpl_{age}") for age in ("old", "new"))
     for server in (new, old):  # which answers what it has got, as at a reload
         assert server.send(build())[0] == 200
-    assert read(database, "SELECT template_id FROM kyc_templates") == [("itmpl_new",)]
+    assert ask(database, "SELECT template_id FROM kyc_templates") == [("itmpl_new",)]
 
 
 def test_name_that_persona_does_not_send_is_a_warning_with_the_nearest(serve, tmp_path):

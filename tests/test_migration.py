@@ -7,7 +7,7 @@ import sqlite3
 
 import make_journal
 import pytest
-from conftest import LATER, ROOT, STEP, build, wait_until
+from conftest import LATER, ROOT, STEP, ask, build, wait_until
 
 import app as kyc
 
@@ -36,11 +36,6 @@ def content(path):
             table: db.execute(query.format(columns=columns, table=table)).fetchall()
             for table, columns in TABLES.items()
         }
-
-
-def ask(path, query):
-    with contextlib.closing(sqlite3.connect(path, timeout=20)) as db:
-        return db.execute(query).fetchall()
 
 
 def version(path):

@@ -15,7 +15,7 @@ import time
 
 import pytest
 from cluster import Relay
-from conftest import LATER, LONG, ROOT, Load, build, children, deploy, sign, wait_until
+from conftest import LATER, LONG, ROOT, Load, build, children, deploy, run_threads, sign, wait_until
 
 import app as kyc
 
@@ -128,11 +128,7 @@ def test_several_that_start_at_once_make_the_tables_once(environ, query):
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=start) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_threads(start, 6)
     assert errors == []
     assert query("SELECT count(*) FROM journal_lock") == [(1,)]
     assert query("SELECT count(*) FROM rules_in_force") == [(1,)]

@@ -8,7 +8,7 @@ import signal
 import sqlite3
 
 import pytest
-from conftest import build, children, sign, wait_until
+from conftest import ask, build, children, sign, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,15 +39,9 @@ def wait_until_gone(database):
     wait_until(lambda: bytes_on_disk(database) == 0, seconds=10)
 
 
-def query(database, statement):
-    """Return the rows of a query, by a connection of its own."""
-    with contextlib.closing(sqlite3.connect(database)) as db:
-        return db.execute(statement).fetchall()
-
-
 def kept(database):
     """Return the IDs of the events that still have their body."""
-    rows = query(database, "SELECT event_id FROM events WHERE body IS NOT NULL ORDER BY 1")
+    rows = ask(database, "SELECT event_id FROM events WHERE body IS NOT NULL ORDER BY 1")
     return [row[0] for row in rows]
 
 
@@ -82,10 +76,10 @@ def test_redacted_bytes_are_gone_while_the_service_runs(serve, flask, database, 
 def test_metadata_hash_and_status_outlive_the_body(send, run, database):
     send(plant(inquiry_id="inq_1", reference_id="user-1", event_id="evt_1"))
     columns = "SELECT event_id, name, created_at, body_sha256, inquiry_id, reference_id FROM events"
-    before = query(database, columns), query(database, "SELECT * FROM kyc_status")
+    before = ask(database, columns), ask(database, "SELECT * FROM kyc_status")
     run("redact", "user-1")
-    assert (query(database, columns), query(database, "SELECT * FROM kyc_status")) == before
-    assert query(database, "SELECT redacted_at IS NOT NULL FROM events") == [(1,)]
+    assert (ask(database, columns), ask(database, "SELECT * FROM kyc_status")) == before
+    assert ask(database, "SELECT redacted_at IS NOT NULL FROM events") == [(1,)]
 
 
 def test_redaction_leaves_others_alone(send, run, database):
@@ -130,7 +124,7 @@ def test_your_id_of_a_transaction_is_nobodys(send, run, database):
 
 def test_body_without_an_event_can_be_redacted_by_the_id_it_was_given(send, run, database):
     send(MARKER.encode())
-    ((event_id,),) = query(database, "SELECT event_id FROM events")
+    ((event_id,),) = ask(database, "SELECT event_id FROM events")
     assert run("redact", event_id) == "1 body removed\n"
     assert bytes_on_disk(database) == 0
 
@@ -142,7 +136,7 @@ def test_message_of_a_failed_handler_goes_with_the_body(send, run, database):
         db.execute("UPDATE events SET state = 'failed', error = 'ValueError: ' || ?", (MARKER,))
     run("prune", "--older-than", LATER)
     run("redact", "evt_2")
-    assert query(database, "SELECT error FROM events") == [("ValueError",), ("ValueError",)]
+    assert ask(database, "SELECT error FROM events") == [("ValueError",), ("ValueError",)]
     assert bytes_on_disk(database) == 0
 
 
@@ -158,7 +152,7 @@ def test_redaction_at_persona_removes_the_bytes_here(serve, database, name):
     server.send(build(name, created_at=LATER, **ids))
     assert kept(database) == []
     wait_until_gone(database)
-    assert query(database, "SELECT status FROM kyc_status") == [("approved",)]
+    assert ask(database, "SELECT status FROM kyc_status") == [("approved",)]
 
 
 @pytest.mark.parametrize("name", ["inquiry.redacted", "account.redacted"])
@@ -340,14 +334,14 @@ def test_redactions_tell_who_when_and_why(send, run, database):
     run("redact", "inq_1", "--by", "alice", "--reason", "request 17")
     run("prune", "--older-than", EARLY, "--by", "cron")
     orders = "SELECT subject_id, ordered_by, command, reason FROM redactions ORDER BY rowid"
-    assert query(database, orders) == [
+    assert ask(database, orders) == [
         ("act_1", "evt_9", "event", None),
         ("inq_1", "alice", "redact", "request 17"),
         (None, "cron", "prune", None),
     ]
-    before = dict(query(database, "SELECT command, redacted_before FROM redactions"))
+    before = dict(ask(database, "SELECT command, redacted_before FROM redactions"))
     assert (before["event"], before["prune"]) == (LATER, EARLY)
-    times = [row[0] for row in query(database, "SELECT ordered_at FROM redactions")]
+    times = [row[0] for row in ask(database, "SELECT ordered_at FROM redactions")]
     assert times == sorted(times)
     assert before["redact"] <= times[-1]
 
@@ -358,7 +352,7 @@ def test_who_orders_is_the_user_of_the_system_when_nobody_is_named(
     monkeypatch.setenv("LOGNAME", "operator-7")
     send("inquiry.approved", inquiry_id="inq_1")
     run("redact", "inq_1")
-    assert query(database, "SELECT ordered_by FROM redactions") == [("operator-7",)]
+    assert ask(database, "SELECT ordered_by FROM redactions") == [("operator-7",)]
 
 
 def test_trial_of_a_redaction_changes_nothing(send, runner, database):
@@ -369,7 +363,7 @@ def test_trial_of_a_redaction_changes_nothing(send, runner, database):
         "Error: Remove 2 bodies of inq_1? Nobody can be asked here: give --yes\n"
     )
     assert kept(database) == ["evt_1", "evt_2"]
-    assert query(database, "SELECT count(*) FROM redactions") == [(0,)]
+    assert ask(database, "SELECT count(*) FROM redactions") == [(0,)]
 
 
 def test_prune_is_refused_when_nobody_can_be_asked(send, runner, database):

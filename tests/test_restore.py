@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Load, assert_kept, bare_environment, build, stored, wait_until
+from conftest import Load, ask, assert_kept, bare_environment, build, stored, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -60,11 +60,6 @@ def read(body, received_at=NOW):
 def tables(path):
     with contextlib.closing(sqlite3.connect(path)) as db:
         return [db.execute(query).fetchall() for query in TABLES]
-
-
-def ask(path, query, *values):
-    with contextlib.closing(sqlite3.connect(path, timeout=20)) as db:
-        return db.execute(query, values).fetchall()
 
 
 @pytest.fixture

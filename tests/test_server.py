@@ -3,20 +3,28 @@
 LONG=1 runs 100 rounds of SIGKILL instead of 8, and 30 seconds of overload instead of 3.
 """
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import sqlite3
 import statistics
 import sys
 import threading
 import time
 
 import pytest
-from conftest import LONG, Load, assert_kept, build, children, locked_file, wait_until
+from conftest import (
+    LONG,
+    Load,
+    ask,
+    assert_kept,
+    build,
+    children,
+    locked_file,
+    run_threads,
+    wait_until,
+)
 
 ROUNDS = 100 if LONG else 8
 OVERLOAD_SECONDS = 30 if LONG else 3
@@ -51,7 +59,7 @@ def test_senders_of_the_same_event_at_once_are_counted_once(serve, database):
     assert {status for _, status, _ in answers} == {200}
     assert sorted(new) == sorted(bodies)
     assert_kept(database, {f"evt_{n}": body for n, body in enumerate(bodies)})
-    assert read(database, "SELECT count(*) FROM events") == [(40,)]
+    assert ask(database, "SELECT count(*) FROM events") == [(40,)]
 
 
 def test_workers_take_a_core_each(serve):
@@ -143,21 +151,6 @@ def test_overload_is_answered_stored_and_forgotten(serve, database):
     assert max(resident_megabytes(pid) for pid in children(server)) < max(before) + 32
     assert_kept(database, warm.accepted | load.accepted)
     print(f"{sum(load.answers.values())} answers: {dict(load.answers)}", file=sys.stderr)
-
-
-def read(database, query):
-    """Return the rows of a query."""
-    with contextlib.closing(sqlite3.connect(database)) as db:
-        return db.execute(query).fetchall()
-
-
-def run_threads(target, count):
-    """Run `target` in `count` threads at once; return when all have ended."""
-    threads = [threading.Thread(target=target) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 def post_once(load, event_id):
