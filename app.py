@@ -1295,7 +1295,9 @@ def require_own_wal(path: Path) -> None:
     with contextlib.suppress(OSError, ValueError):  # nothing is noted
         noted = json.loads(lock_path(path).read_text())
         if wal and list(wal) == noted[1] and list(database or ()) != noted[0]:
-            raise DatabaseError("its WAL is that of the database that was here before: move it away")
+            raise DatabaseError(
+                "its WAL belongs to the database that was here before: move it away"
+            )
 
 
 def prepare_database(config: Config) -> bool:

@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -35,8 +35,8 @@ LOOK_SECONDS = 0.5  # between looks for new changes
 NOTE_SECONDS = 1.0  # after which it is noted what was accepted
 AT_ONCE = 100  # changes that are read, or people that are put in line, at once
 
-COLUMNS = """previous_status, previous_hold, reference_id, status, hold, inquiry_id, account_id,
-        template_id, event_id, event_name, event_at, updated_at"""
+PERSON = """reference_id, status, hold, inquiry_id, account_id, template_id, event_id, event_name,
+        event_at, updated_at"""  # of kyc_status, which a later release may give more columns
 # Made by the first start of this command: only who forwards has them.
 SCHEMA = """
 -- `flask forward`, once it was started: one row.
@@ -72,15 +72,15 @@ CREATE TABLE IF NOT EXISTS forward_queue (
 CREATE TRIGGER IF NOT EXISTS kyc_status_forward_new AFTER INSERT ON kyc_status
 WHEN EXISTS (SELECT 1 FROM forwarding)
 BEGIN
-    INSERT INTO forward_queue ({columns})
-    SELECT NULL, NULL, k.* FROM kyc_status AS k WHERE k.reference_id = NEW.reference_id;
+    INSERT INTO forward_queue (previous_status, previous_hold, {person})
+    SELECT NULL, NULL, {person} FROM kyc_status AS k WHERE k.reference_id = NEW.reference_id;
 END;
 
 CREATE TRIGGER IF NOT EXISTS kyc_status_forward_changed AFTER UPDATE ON kyc_status
 WHEN EXISTS (SELECT 1 FROM forwarding)
 BEGIN
-    INSERT INTO forward_queue ({columns})
-    SELECT OLD.status, OLD.hold, k.* FROM kyc_status AS k
+    INSERT INTO forward_queue (previous_status, previous_hold, {person})
+    SELECT OLD.status, OLD.hold, {person} FROM kyc_status AS k
     WHERE k.reference_id = NEW.reference_id;
 END;
 
@@ -90,7 +90,7 @@ BEGIN
     INSERT INTO forward_queue (previous_status, previous_hold, reference_id, updated_at)
     VALUES (OLD.status, OLD.hold, OLD.reference_id, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'));
 END;
-""".replace("{columns}", COLUMNS)
+""".replace("{person}", PERSON)
 ENTER = """
     INSERT INTO forwarding VALUES (1, ?, 0, NULL, 0, NULL, NULL, '')
     ON CONFLICT (one) DO UPDATE SET url = excluded.url
@@ -109,10 +109,11 @@ NEXT_PEOPLE = """
         WHERE reference_id > (SELECT begun_with FROM forwarding) ORDER BY reference_id LIMIT ?) AS k
 """
 BEGIN_WITH = """
-    INSERT INTO forward_queue ({columns}) SELECT NULL, NULL, k.* FROM kyc_status AS k
+    INSERT INTO forward_queue (previous_status, previous_hold, {person})
+    SELECT NULL, NULL, {person} FROM kyc_status AS k
     WHERE k.reference_id > (SELECT begun_with FROM forwarding) AND k.reference_id <= ?
     ORDER BY k.reference_id
-""".replace("{columns}", COLUMNS)
+""".replace("{person}", PERSON)
 STANDING = """
     SELECT f.url, f.position, f.accepted_at, f.attempts, f.failing_since, f.error,
         (SELECT count(*) FROM forward_queue) AS waiting,
@@ -169,8 +170,8 @@ def forward(url: str | None, once: bool, ask: bool, forget: bool, as_json: bool)
     else:
         secrets = read_secrets()
         kyc.start_logging()
-        with only_one() as guard, told_to_stop() as stopping:
-            follow(url, secrets, stopping, once, guard)
+        with only_one() as require_lock, told_to_stop() as stopping:
+            follow(url, secrets, stopping, once, require_lock)
 
 
 def read_secrets() -> tuple[bytes, ...]:
@@ -187,22 +188,28 @@ def read_secrets() -> tuple[bytes, ...]:
 
 
 @contextlib.contextmanager
-def only_one() -> Iterator[Any]:
-    """Hold the lock of this command; on PostgreSQL yield the connection whose name is the lock."""
+def only_one() -> Iterator[Callable[[], Any]]:
+    """Hold the lock of this command for the block; yield what raises once the lock is lost."""
     if cli.on_postgres():
         with contextlib.closing(cli.database_path().connect(name=NAME)) as db:
             if db.execute(COUNT_NAMED, (NAME,)).fetchone()[0] > 1:
                 raise click.ClickException(RUNS_ALREADY)
-            yield db
+            yield lambda: db.execute("SELECT 1")
         return
+    path = cli.database_path().with_name(cli.database_path().name + ".forward")
     file = kyc.open_lock(cli.database_path(), ".forward")
     try:
         kyc.wait_for_lock(file, seconds=1)
     except kyc.DatabaseError:
         os.close(file)
         raise click.ClickException(RUNS_ALREADY) from None
+
+    def require_lock() -> None:
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
+            raise click.ClickException(f"{path.name} was moved away: start this again")
+
     try:
-        yield
+        yield require_lock
     finally:
         os.close(file)
 
@@ -220,18 +227,21 @@ def told_to_stop() -> Iterator[threading.Event]:
 
 
 def follow(
-    url: str, secrets: tuple[bytes, ...], stopping: threading.Event, once: bool, guard: Any
+    url: str,
+    secrets: tuple[bytes, ...],
+    stopping: threading.Event,
+    once: bool,
+    require_lock: Callable[[], Any],
 ) -> None:
     """Forward changes until told to stop.
 
     The database is opened for each look anew, for it may be replaced. What is wrong with it ends
-    the command only at its start. On PostgreSQL the loss of the connection that holds the lock
-    ends it, too; the unit starts it again.
+    the command only at its start. Another process may start once the lock is lost, so that ends it,
+    too: the unit starts it again.
     """
     last: dict[str, Any] = {}
     while not stopping.is_set():
-        if guard:
-            guard.execute("SELECT 1")  # once it is lost another process may start
+        require_lock()
         try:
             with contextlib.closing(look(last)) as db:
                 enter(db, url.partition("?")[0])

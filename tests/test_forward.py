@@ -331,6 +331,16 @@ def test_only_one_runs(forward, receiver, send, flask):
     assert (result.returncode, "does NOT run" in result.stdout) == (1, True)
 
 
+def test_it_ends_when_its_lock_file_is_moved_away(forward, receiver, send, database, tmp_path):
+    process = forward()
+    send("inquiry.approved", reference_id="user-1")
+    wait_until(lambda: receiver.seen)
+    database.with_name("kyc.db.forward").rename(tmp_path / "aside")
+    assert process.wait(10) == 1
+    words = "Error: kyc.db.forward was moved away: start this again\n"
+    assert (tmp_path / "forward.log").read_text().endswith(words)
+
+
 def test_kills_lose_and_reorder_nothing(forward, receiver, send, database, db):
     """Killed in the middle of requests that the app accepts or not, it sends all, in order.
 

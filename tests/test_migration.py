@@ -10,6 +10,7 @@ import pytest
 from conftest import LATER, ROOT, STEP, ask, build, wait_until
 
 import app as kyc
+from commands import forward
 
 FIXTURE = ROOT / "tests" / "data" / "journal-1.0.0.sql"
 TABLES = {  # each with the columns that 1.0.0 knows
@@ -48,6 +49,9 @@ def database(database):
     with contextlib.closing(sqlite3.connect(database)) as db:
         database.chmod(0o600)
         db.executescript(FIXTURE.read_text())
+        db.executescript(forward.SCHEMA)  # and what flask forward has made
+        with db:
+            db.execute(forward.ENTER, ("http://127.0.0.1:1/kyc",))
         db.execute("CREATE TABLE clients (person TEXT)")  # what a team may have made
         db.execute("CREATE VIEW ours AS SELECT reference_id FROM cleared")
         db.execute(
@@ -112,7 +116,9 @@ def test_two_workers_migrate_once(serve, flask, database, later):
         assert server.request("GET", "/healthz")[0] == 200
     wait_until(lambda: ask(database, "SELECT projected FROM rules_in_force") == [(1,)])
     assert_migrated(database, flask, before, folder)
+    before = ask(database, "SELECT count(*) FROM forward_queue")[0][0]
     assert servers[0].send(build("inquiry.approved"))[0] == 200
+    assert ask(database, "SELECT count(*) FROM forward_queue")[0][0] == before + 1
 
 
 def test_killed_in_the_middle_it_begins_again(serve, flask, database, later):

@@ -268,6 +268,8 @@ def test_later_release_migrates_once_and_the_old_one_stores_nothing(
 ):
     for event in ("inquiry.approved", "case.created"):
         send(event, event_id=f"evt_{event}", inquiry_id="inq_1", template_id="itmpl_2")
+    secret = {"KYC_FORWARD_SECRET": "forward_0123456789abcdef"}
+    flask("forward", "http://127.0.0.1:1/kyc", "--once", check=False, **secret)
     query(
         "CREATE VIEW ours AS SELECT * FROM cleared",
         "CREATE ROLE reader",
