@@ -1465,11 +1465,7 @@ def turn(path: Path, seconds: float | None = None) -> Iterator[None]:
 
 def open_lock(path: Path, suffix: str) -> int:
     """Open a lock file beside the database; one that root creates is the database owner's."""
-    name = path.with_name(path.name + suffix)
-    try:
-        return os.open(name, os.O_RDWR)
-    except FileNotFoundError:
-        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
+    file = os.open(path.with_name(path.name + suffix), os.O_RDWR | os.O_CREAT, 0o600)
     if os.geteuid() == 0 and path.exists():
         os.fchown(file, path.stat().st_uid, path.stat().st_gid)
     return file
