@@ -26,26 +26,22 @@ PATHS = [
     *("/api/people", "/api/people/user-1", "/api/people/user-1/events", "/api/events", "/metrics"),
 ]
 HOSTILE = [
-    *(
-        "<script>alert(1)</script>",
-        "\"'><b>",
-        "a/b",
-        "a/",
-        "//",
-        "x/events",
-        "50%25?#",
-        "a b+c&d=e",
-    ),
-    *(
-        "line\nend\n",
-        "\u202euser",
-        "مستخدم",
-        "\U0001f600",
-        "x" * 1000,
-        "a/../b",
-        "..",
-        "{{ 7 * 7 }}",
-    ),
+    "<script>alert(1)</script>",
+    "\"'><b>",
+    "a/b",
+    "a/",
+    "//",
+    "x/events",
+    "50%25?#",
+    "a b+c&d=e",
+    "line\nend\n",
+    "\u202euser",
+    "مستخدم",
+    "\U0001f600",
+    "x" * 1000,
+    "a/../b",
+    "..",
+    "{{ 7 * 7 }}",
 ]
 
 
@@ -206,7 +202,7 @@ def test_no_question_scans_a_table(get, send, database, monkeypatch):
     for name in ("inquiry.approved", "report/watchlist.matched"):
         send(name, reference_id="user-1", inquiry_id="inq_1", account_id="act_1")
     more = ["/api/people?held=1", "/api/people?status=pending&template=x", "/people/inq_1"]
-    more += ["/people/act_0", "/people?after=" + cursor(get), "/events?state=failed&name=a*"]
+    more += ["/people/act_0", "/people?after=" + cursor(), "/events?state=failed&name=a*"]
     for path in PATHS + more:
         get(path)
     with contextlib.closing(sqlite3.connect(database)) as db:
@@ -223,7 +219,7 @@ def test_no_question_scans_a_table(get, send, database, monkeypatch):
     assert scans == []
 
 
-def cursor(get):
+def cursor():
     """Return a cursor of a page of people."""
     return queries.write_cursor({"a": "2026-11-21T08:00:00.000Z", "b": "x"}, "a", "b")
 
@@ -784,7 +780,7 @@ def test_long_polls_hold_a_share_of_the_threads_and_no_transaction(serve, databa
     assert sum(bool(answer["events"]) for answer in held) == 8
 
 
-def test_readers_and_deliveries_go_on_together(serve, database):
+def test_readers_and_deliveries_go_on_together(serve):
     server = serve("--workers", "2")
     stop, statuses = threading.Event(), set()
 

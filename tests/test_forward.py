@@ -209,7 +209,7 @@ def test_what_no_new_event_causes_arrives(once, receiver, send, database, runner
     assert receiver.standings() == {}
 
 
-def test_nothing_is_queued_before_the_first_start(runner, send, db, once):
+def test_nothing_is_queued_before_the_first_start(send, db):
     send("inquiry.approved", reference_id="user-1")
     tables = [row[0] for row in db.execute("SELECT name FROM sqlite_schema")]
     assert "forward_queue" not in tables or not db.execute("SELECT 1 FROM forward_queue").fetchall()
@@ -464,6 +464,6 @@ def test_forget_begins_anew(once, receiver, runner, send):
     assert statuses(receiver, "user-2") == ["approved"]
 
 
-def test_the_query_of_the_url_is_not_kept(once, receiver, db, runner):
+def test_the_query_of_the_url_is_not_kept(once, receiver, db):
     assert once(f"{receiver.url}?token=abc").exit_code == 0
     assert db.execute("SELECT url FROM forwarding").fetchone()[0] == receiver.url

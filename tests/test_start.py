@@ -143,7 +143,7 @@ def test_dangerous_settings_are_warned_of(serve):
     assert secret not in log
 
 
-def test_two_sources_of_secrets_are_refused(tmp_path):
+def test_two_sources_of_secrets_are_refused():
     environ = {"PERSONA_WEBHOOK_SECRET": SECRET, "PERSONA_WEBHOOK_SECRET_FILE": "x"}
     with pytest.raises(kyc.ConfigError, match="both set"):
         kyc.read_config(environ)
