@@ -55,7 +55,7 @@ def select(db: Connection, query: str, **values: Any) -> list[Row]:
     return [dict(row) for row in db.execute(query, values)]
 
 
-def turn(query: str, newest_first: bool) -> str:
+def in_order(query: str, newest_first: bool) -> str:
     """Return a query in one of the two orders."""
     query = query.replace("{than}", "<" if newest_first else ">")
     return query.replace("{order}", "DESC" if newest_first else "ASC")
@@ -118,11 +118,11 @@ def list_people(
     values["at"], values["key"] = read_cursor(after) if after else start
     by_status = values["status"] not in (None, "approved")
     scope = SCOPES["held" if values["held"] else "status" if by_status else "all"]
-    in_order = turn(IN_ORDER.replace("{scope}", scope), newest_first)
-    found = select(db, PEOPLE.replace("{in order}", in_order), **values)
+    ordered = in_order(IN_ORDER.replace("{scope}", scope), newest_first)
+    found = select(db, PEOPLE.replace("{in order}", ordered), **values)
     last = found[limit - 1 : limit]
     if len(found) <= limit:
-        last = select(db, LAST_SCANNED.replace("{in order}", in_order), **values)
+        last = select(db, LAST_SCANNED.replace("{in order}", ordered), **values)
     return found[:limit], write_cursor(last[0], "updated_at", "reference_id") if last else None
 
 
@@ -220,7 +220,7 @@ def read_timeline(
 ) -> tuple[list[Row], str | None]:
     """Return a page of a person's events by (event_at, event_id), and the cursor of the next."""
     at, key = read_cursor(after) if after else ("~" if newest_first else "", "")
-    query = turn(TIMELINE, newest_first)
+    query = in_order(TIMELINE, newest_first)
     found = select(db, query, id=person, at=at, key=key, limit=limit)
     cursor = write_cursor(found[limit - 1], "event_at", "event_id") if found[limit:] else None
     return found[:limit], cursor
@@ -239,7 +239,7 @@ NEWEST = "SELECT COALESCE(max(rowid), 0) FROM events"
 def list_events(db: Connection, after: int, limit: int, name: str | None) -> tuple[list[Row], int]:
     """Return events after a position, in order, and the position to go on from."""
     end = min(db.execute(NEWEST).fetchone()[0], after + SCANNED)
-    query = turn(EVENTS.replace("{scope}", "true"), newest_first=False)
+    query = in_order(EVENTS.replace("{scope}", "true"), newest_first=False)
     rows = select(db, query, after=after, before=end + 1, name=check_name(name), limit=limit)
     full = len(rows) == limit
     return [cut_error(row) for row in rows], rows[-1]["position"] if full else max(after, end)
@@ -252,7 +252,7 @@ def list_newest(
     scope = "true" if state is None else "state = :state AND state <> 'processed'"
     before = min(before, db.execute(NEWEST).fetchone()[0] + 1)
     start = 0 if state else max(before - 1 - SCANNED, 0)
-    query = turn(EVENTS.replace("{scope}", scope), newest_first=True)
+    query = in_order(EVENTS.replace("{scope}", scope), newest_first=True)
     values = {"after": start, "before": before, "limit": limit, "state": state}
     rows = select(db, query, name=check_name(name), **values)
     end = rows[-1]["position"] if len(rows) == limit else start + 1
