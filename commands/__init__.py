@@ -277,7 +277,7 @@ def plural(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def show_counts(counts: Counter[str]) -> str:
+def format_counts(counts: Counter[str]) -> str:
     """Return how many there are of each name, the most first, to stand behind a total."""
     counted = [f"{number:,} {name}" for name, number in counts.most_common() if number]
     return printable(f": {', '.join(counted)}") if counted else ""
@@ -298,12 +298,12 @@ def show_changes(changes: dict[str, list[str]]) -> None:
         click.echo(f"  and {len(changed) - SHOWN:,} more")
 
 
-def show_time(time: str) -> str:
+def format_minute(time: str) -> str:
     """Return a time of the tables, which is UTC, to the minute."""
     return time[:16].replace("T", " ")
 
 
-def show_age(time: str) -> str:
+def format_age(time: str) -> str:
     """Return how long ago a time is, in its largest unit."""
     seconds = int((datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
     units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
@@ -313,8 +313,8 @@ def show_age(time: str) -> str:
 
 def when(time: str) -> str:
     """Return a time with its age."""
-    age = show_age(time)
-    return f"{show_time(time)} UTC, {age}{'' if age.startswith('in ') else ' ago'}"
+    age = format_age(time)
+    return f"{format_minute(time)} UTC, {age}{'' if age.startswith('in ') else ' ago'}"
 
 
 def ago(**age: int) -> str:

@@ -91,7 +91,7 @@ def fetch(api: Persona, tally: Tally) -> None:
         deliveries = [read_item(item) for item in page]
         receive([one for one in deliveries if one.event.created_at >= tally.since], tally)
         if sys.stderr.isatty():
-            words = f"{tally.fetched:,} fetched, back to {cli.show_time(tally.oldest)} UTC"
+            words = f"{tally.fetched:,} fetched, back to {cli.format_minute(tally.oldest)} UTC"
             click.echo(f"\r{words}\033[K", err=True, nl=False)
         if deliveries and deliveries[-1].event.created_at < tally.since:
             tally.end = "as asked"
@@ -207,11 +207,11 @@ def report(tally: Tally) -> None:
     if sys.stderr.isatty():
         click.echo(err=True)
     fetched = cli.plural(tally.fetched, "event")
-    click.echo(f"{fetched} fetched, back to {cli.show_time(tally.oldest)} UTC: {tally.end}")
+    click.echo(f"{fetched} fetched, back to {cli.format_minute(tally.oldest)} UTC: {tally.end}")
     word = "missing" if tally.dry_run else "new"
-    click.echo(f"  {tally.new.total():,} {word}{cli.show_counts(tally.new)}")
+    click.echo(f"  {tally.new.total():,} {word}{cli.format_counts(tally.new)}")
     click.echo(f"  {tally.known:,} already there")
-    click.echo(f"  {tally.passed_over.total():,} passed over{cli.show_counts(tally.passed_over)}")
+    click.echo(f"  {tally.passed_over.total():,} passed over{cli.format_counts(tally.passed_over)}")
     if not tally.dry_run:
         report_effects(tally)
     if tally.end == ALL and tally.oldest > tally.since > "":

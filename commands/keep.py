@@ -324,7 +324,7 @@ def check_events(db: sqlite3.Connection, after: int) -> Findings:
     total, newest = db.execute(NEWEST).fetchone() or (0, "")
     yield OK, "events", f"{total:,} in the journal"
     silent = newest < cli.ago(days=1)
-    words = f"the newest event is {cli.show_age(newest)} old" if total else "no event has come"
+    words = f"the newest event is {cli.format_age(newest)} old" if total else "no event has come"
     advice = "; is the webhook enabled at Persona, and its URL right?" if silent else ""
     yield NOTE if silent else OK, "silence", words + advice
     for state, kept, number, oldest in db.execute(STATES):
@@ -398,7 +398,7 @@ def check_names(db: sqlite3.Connection, after: int) -> Findings:
     for name, number, newest in db.execute(NAMES, (after,)):
         kind = name.partition(".")[0]
         if kind != "inquiry" or doubt_name(name):
-            times = f"{cli.plural(number, 'time')}, last {cli.show_age(newest)} ago"
+            times = f"{cli.plural(number, 'time')}, last {cli.format_age(newest)} ago"
             yield NOTE, "names", f"{name}, {times}: {SEE[kind]}"
 
 
@@ -408,7 +408,7 @@ def check_secrets(db: sqlite3.Connection, after: int) -> Findings:
     last = dict(map(tuple, db.execute(query, (after,))))
     for secret in map(kyc.fingerprint, current_app.config["KYC"].secrets):
         time = last.get(secret, "")
-        words = f"last signed {cli.show_age(time)} ago" if time else "has signed no recent event"
+        words = f"last signed {cli.format_age(time)} ago" if time else "has signed no recent event"
         stale = time < cli.ago(days=30)
         advice = "; take it out if it was replaced" if stale and time else ""
         yield NOTE if stale else OK, "secret", f"{secret} {words}{advice}"

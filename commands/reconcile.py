@@ -223,7 +223,7 @@ def show(compared: int, since: str, differences: list[dict[str, Any]], done: str
     rows = [
         [
             *(one["inquiry_id"], one["person"], one["here"] or "unknown"),
-            *(one["at_persona"] or "unknown", cli.show_time(one["at_persona_since"] or "")),
+            *(one["at_persona"] or "unknown", cli.format_minute(one["at_persona_since"] or "")),
             *([one["event"] or "nothing mends it"] if events else []),
         ]
         for one in differences
@@ -232,5 +232,5 @@ def show(compared: int, since: str, differences: list[dict[str, Any]], done: str
         heads = "INQUIRY|PERSON|HERE|AT PERSONA|SINCE (UTC)"
         cli.print_table(heads + ("|MENDED BY" if events else ""), rows)
     words = cli.plural(compared, "inquiry", "inquiries")
-    words += f" compared, since {cli.show_time(since)} UTC: {len(rows):,} differ"
+    words += f" compared, since {cli.format_minute(since)} UTC: {len(rows):,} differ"
     click.echo(words + (f", {len(events) - events.count(None):,} {done}" if events else ""))

@@ -218,7 +218,7 @@ def report(path: Path, tally: Tally, as_json: bool) -> None:
     new, known = tally.new.total(), tally.events - tally.new.total()
     other = f"{tally.other_body:,} of them with another body, which stays"
     click.echo(cli.printable(f"{cli.plural(tally.events, 'event')} in {path}"))
-    click.echo(f"  {new:,} new{cli.show_counts(tally.new)}")
+    click.echo(f"  {new:,} new{cli.format_counts(tally.new)}")
     click.echo(f"  {known:,} already there{f', {other}' if tally.other_body else ''}")
     redactions = cli.plural(tally.redactions, "redaction")
     click.echo(f"{redactions} new, {cli.plural(tally.bodies_removed, 'body', 'bodies')} removed")

@@ -130,7 +130,7 @@ def show_person(person: Row) -> None:
 
 def readable(row: Row) -> Row:
     """Return a row with its time in two columns, and a word for a template that is not known."""
-    time, age = cli.show_time(row["event_at"]), cli.show_age(row["event_at"])
+    time, age = cli.format_minute(row["event_at"]), cli.format_age(row["event_at"])
     return {**row, "time": time, "age": age, "template_id": row.get("template_id") or "unknown"}
 
 
@@ -229,7 +229,7 @@ def list_events(wanted: Row) -> tuple[list[sqlite3.Row], bool, int]:
 
 def cells(row: sqlite3.Row) -> list[Any]:
     """Return what the table shows of an event."""
-    received = cli.show_time(row["received_at"]), cli.show_age(row["received_at"])
+    received = cli.format_minute(row["received_at"]), cli.format_age(row["received_at"])
     return [row["position"], *received, row["name"], row["person"], row["event_id"]]
 
 
