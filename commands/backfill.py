@@ -19,7 +19,7 @@ from commands.persona import Persona
 ALL = "all that Persona keeps"
 AT_ONCE = 10  # events whose handlers run in one turn: deliveries wait meanwhile
 
-COUNTS = """
+IS_KEPT = """  -- by default
     SELECT :name LIKE '%.redacted' OR EXISTS (SELECT 1 FROM status_rules WHERE name = :name)
         OR EXISTS (SELECT 1 FROM hold_rules WHERE :name LIKE name OR :name LIKE cleared_by)
 """
@@ -127,7 +127,7 @@ def is_wanted(db: sqlite3.Connection, event: kyc.Event, names: tuple[str, ...]) 
         return any(fnmatch.fnmatchcase(event.name, name) for name in names)
     if event.name in kyc.HANDLERS or (event.object_type == "account" and event.reference_id):
         return True
-    return bool(db.execute(COUNTS, {"name": event.name}).fetchone()[0])
+    return bool(db.execute(IS_KEPT, {"name": event.name}).fetchone()[0])
 
 
 def count(db: sqlite3.Connection, deliveries: list[kyc.Delivery], tally: Tally) -> None:
