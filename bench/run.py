@@ -254,7 +254,7 @@ def count_rows(database: Path) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------
 
 
-def write_report(bench: Bench, machine: dict[str, str]) -> str:
+def compose_report(bench: Bench, machine: dict[str, str]) -> str:
     """Return RESULTS.md."""
     title = "# Results of a trial, not to be quoted" if is_trial(bench) else "# Results"
     figures = "case", "events/s", "p50 ms", "p99 ms", "CPU µs/event", "MB", "start s", "refused"
@@ -401,7 +401,7 @@ def main() -> None:
         machine = describe_machine(bench.folder, bench.shim) | describe_method(bench)
         with watch_others(machine):
             measure_all(bench)
-    report = write_report(bench, machine)
+    report = compose_report(bench, machine)
     print(report)
     if not is_trial(bench):
         (BENCH / "RESULTS.md").write_text(report)
