@@ -175,7 +175,7 @@ def forward(url: str | None, once: bool, ask: bool, forget: bool, as_json: bool)
 
 
 def read_secrets() -> tuple[bytes, ...]:
-    """Return what signs; raise ClickException, which never quotes it."""
+    """Return the secrets that sign; raise ClickException without quoting one."""
     theirs, own = "PERSONA_WEBHOOK_SECRET", "KYC_FORWARD_SECRET"
     try:
         secrets = kyc.read_secrets({theirs: os.environ.get(own, "")})  # of the same form
@@ -216,7 +216,7 @@ def only_one() -> Iterator[Callable[[], Any]]:
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[threading.Event]:
-    """Yield what SIGTERM and SIGINT set: the request that runs is then ended first."""
+    """Yield an event that SIGTERM and SIGINT set, so that the request under way can finish."""
     stopping, numbers = threading.Event(), (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda *_: stopping.set()) for number in numbers]
     try:
@@ -259,11 +259,11 @@ def follow(
 
 
 def look(last: dict[str, Any]) -> sqlite3.Connection:
-    """Open the database, and note in `last` which it is.
+    """Open the database, and note in `last` which file and WAL it has.
 
-    Not while the WAL of the last one lies beside another: SQLite would take it for that one's,
-    and damage it. The service takes it away. It is held open, so that no other file gets its
-    number.
+    Raise DatabaseError while the WAL of a replaced database lies beside the new one: SQLite would
+    apply it there, and damage it. The service moves that WAL away. The noted WAL is held open, so
+    that no other file gets its inode number.
     """
     path = cli.database_path()
     if cli.on_postgres():
@@ -298,9 +298,9 @@ def send_waiting(
 ) -> float | None:
     """Send what waits, one after another; when nothing does, put the next people in line.
 
-    Return after how many seconds to go on; None when there was nothing to do. What is accepted is
-    noted for some at once, but before another change of the same person is sent: if it cannot be
-    noted, what comes again is the last that was sent of each.
+    Return after how many seconds to go on; None when there was nothing to do. Accepted changes are
+    noted several at a time, but always before a second change of the same person is sent. If that
+    fails, only the last change of each person is sent again.
     """
     rows, why, began = db.execute(WAITING, (AT_ONCE,)).fetchall(), "", time.monotonic()
     accepted: dict[str, int] = {}  # person -> position
