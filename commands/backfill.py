@@ -77,7 +77,7 @@ def backfill(since: str | None, names: tuple[str, ...], no_handlers: bool, dry_r
             with contextlib.closing(cli.open_database()) as db:
                 cli.empty_wal(db)
     finally:
-        if tally.fetched:
+        if tally.fetched or tally.end != "ended early":
             report(tally)
     if tally.handled[kyc.FAILED]:
         raise click.exceptions.Exit(1)
@@ -226,4 +226,4 @@ def report_effects(tally: Tally) -> None:
         click.echo(f"handlers ran for {cli.plural(ran, 'event')}, {failed} failed")
     if tally.waiting:
         waiting = cli.plural(len(tally.waiting), "event")
-        click.echo(f"{waiting} wait for their handlers: run this again, or flask replay")
+        click.echo(f"{waiting} left without their handlers: run this again, or flask replay")

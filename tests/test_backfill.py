@@ -101,6 +101,10 @@ def test_statuses_are_those_of_the_same_deliveries(api, runner, db, send, app, t
     assert len(fetched["kyc_status"]) == 12
 
 
+def test_a_run_that_fetches_nothing_says_so(api, runner, db):
+    assert runner("backfill").output.startswith("0 events fetched, back to ")
+
+
 def test_a_second_run_changes_nothing(api, runner, db):
     fill(api, 150)
     runner("backfill")
@@ -251,7 +255,7 @@ def test_no_handlers_leaves_events_pending(api, runner, db, seen):
     result = runner("backfill", "--no-handlers")
     assert not seen
     assert db.execute("SELECT state FROM events").fetchone()[0] == "pending"
-    assert "1 event wait for their handlers" in result.output
+    assert "1 event left without their handlers" in result.output
     runner("backfill")
     assert seen == [("evt_1", "user-1", True)]
 
@@ -414,7 +418,7 @@ def test_interrupted_anywhere_and_run_again_it_ends_the_same(step, api, runner, 
             patch.setattr(kyc, step, interrupt)
             result = runner("backfill")
         assert (result.exit_code, "Aborted!" in result.output) == (1, True)
-        assert "wait for their handlers: run this again" in result.output or number == 1
+        assert "left without their handlers: run this again" in result.output or number == 1
     assert runner("backfill").exit_code == 0
     wanted = [one for one in api.events if is_wanted(one["attributes"])]
     rows = db.execute("SELECT event_id, state FROM events ORDER BY event_id")
