@@ -69,7 +69,7 @@ def hold(subject: str, reason: str, by: str, yes: bool) -> None:
     """
     with contextlib.closing(cli.open_database()) as db:
         if not cli.find_people(db, subject):
-            question = f"No event names {cli.printable(subject)}. Hold whom it will name?"
+            question = f"No event names {cli.printable(subject)} yet. Hold it all the same?"
             cli.confirm(question, yes)
             person = subject
         else:
@@ -96,7 +96,7 @@ def release(subject: str, reason: str, by: str) -> None:
             add_event(db, "kyc.released", person, object_id, f"{reason}, by {by}")
         show_standing(db, person)
     if not held:
-        raise click.ClickException(cli.printable(f"{person}: flask hold has raised none"))
+        raise click.ClickException(cli.printable(f"{person} is not held by flask hold"))
 
 
 def show_standing(db: sqlite3.Connection, person: str) -> None:

@@ -48,13 +48,14 @@ def backup(path: Path) -> None:
     with contextlib.closing(cli.open_database(readonly=True)) as db:
         try:
             os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.ExitStack() as stack:
-                stack.callback(part.unlink, missing_ok=True)
+            try:
                 copy_database(db, part)
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # or it was taken meanwhile
                 part.rename(path)
+            finally:
+                part.unlink(missing_ok=True)
         except FileExistsError as error:
-            words = f"there is {error.filename}, of a backup that runs or was killed"
+            words = f"there is {error.filename}, of another backup: if none runs, remove it"
             raise click.ClickException(f"{path}: {words}") from None
         except (sqlite3.Error, OSError) as error:
             raise click.ClickException(f"{path}: {kyc.describe_error(error)}") from None
@@ -195,7 +196,7 @@ def check_service(url: str) -> Findings:
     elif status == 200:
         yield OK, "service", f"{url} stores events"
     else:
-        yield NOTE, "service", f"{url} is another one: it answers {status} to /healthz"
+        yield NOTE, "service", f"{url} is not this service: it answers {status} to /healthz"
 
 
 def check_files(path: Path) -> Findings:
@@ -330,7 +331,7 @@ def check_events(db: sqlite3.Connection, after: int) -> Findings:
     for state, kept, number, oldest in db.execute(STATES):
         words = f"{cli.plural(number, 'event')} {state}"
         if state == "unrecognized":
-            yield NOTE, "events", f"{words}: authentic, but none of Persona's"
+            yield NOTE, "events", f"{words}: signed with your secret, but no event can be read"
         elif not kept:
             words += ", their bodies removed, and with them what the handlers need"
             yield NOTE, "handlers", f"{words}; flask replay --dismiss"
@@ -367,7 +368,7 @@ def check_templates(db: sqlite3.Connection, after: int) -> Findings:
     counting = {row[0] for row in db.execute("SELECT template_id FROM kyc_templates")}
     if counting != set(current_app.config["KYC"].templates):
         words = f"the service runs with {', '.join(sorted(counting)) or 'none'}"
-        yield NOTE, "templates", f"KYC_TEMPLATES is another in this shell: {words}"
+        yield NOTE, "templates", f"KYC_TEMPLATES differs in this shell: {words}"
     seen = dict(map(tuple, db.execute("SELECT template_id, count(*) FROM inquiries GROUP BY 1")))
     unknown = seen.pop(None, 0)
     if counting and unknown:

@@ -1172,7 +1172,7 @@ def test_check_names_several_templates_of_which_all_count(send, check):
 def test_check_counts_inquiries_of_unknown_template(send, environ, shell, check):
     send("inquiry-session.started", inquiry_id="inq_1")
     kyc.prepare_database(kyc.read_config({**environ, "KYC_TEMPLATES": "itmpl_1"}))
-    assert "KYC_TEMPLATES is another in this shell: the service runs with itmpl_1" in notes(check())
+    assert "KYC_TEMPLATES differs in this shell: the service runs with itmpl_1" in notes(check())
     findings = check(runner=shell(KYC_TEMPLATES="itmpl_1"))
     assert notes(findings) == ["1 inquiry of unknown template: not counted"]
 
