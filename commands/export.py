@@ -31,7 +31,7 @@ FORMULA = tuple("=+-@\t\r")  # what a cell begins with that a spreadsheet would 
 
 @cli.command
 @click.argument("kind", type=click.Choice(list(QUERIES)), metavar="people|events|redactions")
-@click.option("--csv", "form", flag_value="csv", default=True, help="With a head.  [default]")
+@click.option("--csv", "form", flag_value="csv", default=True, help="With a header.  [default]")
 @click.option("--jsonl", "form", flag_value="jsonl", help="A JSON object on each line.")
 @click.option("--output", type=click.Path(path_type=Path), help="A file, instead of stdout.")
 def export(kind: str, form: str, output: Path | None) -> None:

@@ -35,7 +35,7 @@ DISMISS = """
 @click.option("--name", help="All past events with this name, a glob, that have their body.")
 @click.option("--since", type=cli.Moment(), help="With --name: created since; a time or an age.")
 @click.option("--until", type=cli.Moment(), help="With --name: created before.")
-@click.option("--dismiss", is_flag=True, help="Run nothing; the failed EVENT_ID does no harm.")
+@click.option("--dismiss", is_flag=True, help="Run nothing; count a failed EVENT_ID as processed.")
 @cli.reason_option
 @cli.by_option
 @cli.yes_option

@@ -46,7 +46,7 @@ Items = dict[str, Any]  # Persona's inquiries by ID; None for one that it does n
 def reconcile(since: str, mend: bool, dry_run: bool, as_json: bool) -> None:
     """Compare where inquiries stand here and at Persona.
 
-    Those that were updated since, there or here. Ends with 1 when something differs and is not
+    It compares those updated since, there or here. It ends with 1 when something differs and is not
     mended. --mend appends an event like Persona's, with Persona's time of the status, and runs
     its handlers; the real one, should it come, replaces it. Only statuses, times and IDs are
     fetched.

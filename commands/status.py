@@ -184,7 +184,7 @@ USUAL = [10**5, "2026-11-21 08:46", "59m", "inquiry-session.started", "user-1234
 @click.option("--object", help="Only events about this object.")
 @click.option("--since", type=cli.Moment(), help="Received since; a time or an age.")
 @click.option("--until", type=cli.Moment(), help="Received before.")
-@click.option("--after", type=click.IntRange(0, 10**15), help="The oldest after this position.")
+@click.option("--after", type=click.IntRange(0, 10**15), help="After this position, oldest first.")
 @click.option("--limit", type=click.IntRange(1, 10**9), default=20, help="How many.  [default: 20]")
 @click.option("--follow", is_flag=True, help="Go on printing what arrives, like tail -f.")
 @cli.json_option
