@@ -61,7 +61,7 @@ def doubt_handlers() -> list[str]:
 
 
 def command(function: Callable) -> click.Command:
-    """Make a function a `flask` command; what goes wrong is one line on stderr."""
+    """Make a function a `flask` command; an error becomes one line on stderr."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -102,7 +102,7 @@ class Moment(click.ParamType):
 
 
 def find_user() -> str:
-    """Return the system's name of who runs this."""
+    """Return the login name of whoever runs this."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a user ID without a name
@@ -155,7 +155,7 @@ def open_database(*, readonly: bool = False) -> sqlite3.Connection:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version != kyc.SCHEMA_VERSION:
         what = "is of an earlier release" if version else "has no journal yet"
-        raise kyc.DatabaseError(f"the file {what}: start the service once")
+        raise kyc.DatabaseError(f"the database {what}: start the service once")
     return db
 
 

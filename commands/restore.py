@@ -116,7 +116,7 @@ def is_damaged(old: sqlite3.Connection) -> bool:
 
 @contextlib.contextmanager
 def blame(path: Path) -> Iterator[None]:
-    """Say of the old file what is wrong with it."""
+    """Raise what goes wrong in the block as a ClickException that names the old file."""
     try:
         yield
     except (kyc.DatabaseError, sqlite3.Error) as error:
