@@ -84,7 +84,7 @@ class AnyText(BaseConverter):
 
 @routes.before_request
 def admit() -> Response | None:
-    """Answer 401 to who has no token, and 503 when half of the threads are at work here.
+    """Answer 401 to whoever has no token, and 503 when half of the threads are at work here.
 
     One answer is made at a time, and waits while deliveries are being written: they need the same
     processor.
@@ -102,7 +102,8 @@ def admit() -> Response | None:
         g.leave.append(SHARE.release)
         if queries.TURN.acquire(timeout=PATIENCE):
             g.leave.append(queries.TURN.release)
-            return let_deliveries_pass()
+            let_deliveries_pass()
+            return None
     return answer_unreadable(kyc.DatabaseError("too many are reading"))
 
 

@@ -23,9 +23,8 @@ routes = Blueprint("api", __name__)
 
 LIMIT, MOST = 100, 500  # rows of a page
 WAIT = 10  # seconds that a request for events may be held
-POLLS = threading.BoundedSemaphore(
-    8
-)  # requests that are held at once, of the Procfile's 32 threads
+# Requests that are held at once, of the Procfile's 32 threads.
+POLLS = threading.BoundedSemaphore(8)
 
 
 @routes.get("/api/people")

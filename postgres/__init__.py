@@ -245,7 +245,7 @@ class Connection:
         self.protected = False  # a handler runs
         self.shielded = False  # there is a savepoint before its last statement
         self.conflict = False  # one met this transaction, perhaps in a handler that hid it
-        self.row_factory = self.text_factory = None  # a handler may set them; nothing follows
+        self.row_factory = self.text_factory = None  # a handler may set them, to no effect
 
     @property
     def in_transaction(self) -> bool:
