@@ -1,5 +1,6 @@
 """flask backfill, against a stand-in for Persona's API."""
 
+import contextlib
 import hashlib
 import json
 import random
@@ -92,7 +93,7 @@ def test_statuses_are_those_of_the_same_deliveries(api, runner, db, send, app, t
     environ = {"PERSONA_WEBHOOK_SECRET": "x" * 16, "KYC_DATABASE": str(tmp_path / "other.db")}
     config = kyc.read_config(environ)
     kyc.prepare_database(config)
-    with kyc.contextlib.closing(kyc.connect(config.database)) as other:
+    with contextlib.closing(kyc.connect(config.database)) as other:
         for one in api.events:
             body = json.dumps({"data": one}).encode()
             with kyc.transaction(other):
@@ -221,9 +222,8 @@ def test_redacted_people_stay_redacted(api, runner, db, send):
     bodies = dict(map(tuple, db.execute("SELECT event_id, body FROM events")))
     assert bodies["evt_1"] is None
     assert bodies["evt_2"]
-    assert db.execute("SELECT status FROM kyc_status WHERE reference_id = 'user-1'").fetchone()[
-        0
-    ] == ("approved")
+    query = "SELECT status FROM kyc_status WHERE reference_id = 'user-1'"
+    assert db.execute(query).fetchone()[0] == "approved"
 
 
 # Handlers

@@ -187,9 +187,9 @@ def test_a_key_that_moves_goes_and_comes(once, receiver, send):
     once()
     send("account.created", account_id="act_1", reference_id="user-1")
     once()
-    assert [(one["person"]["reference_id"], one["person"]["status"]) for one in receiver.seen] == [
-        *(("act_1", "approved"), ("act_1", None), ("user-1", "approved"))
-    ]
+    rows = [one["person"] for one in receiver.seen]
+    standings = [(row["reference_id"], row["status"]) for row in rows]
+    assert standings == [("act_1", "approved"), ("act_1", None), ("user-1", "approved")]
     assert receiver.seen[1]["previous"]["status"] == "approved"
 
 
@@ -320,9 +320,8 @@ def test_only_one_runs(forward, receiver, send, flask):
     send("inquiry.approved", reference_id="user-1")
     wait_until(lambda: receiver.seen)
     other = flask("forward", receiver.url, check=False, KYC_FORWARD_SECRET=SECRET)
-    assert (other.returncode, other.stderr) == (
-        *(1, "Error: flask forward runs already on this database\n"),
-    )
+    words = "Error: flask forward runs already on this database\n"
+    assert (other.returncode, other.stderr) == (1, words)
     assert flask("forward", "--forget", check=False).returncode == 1
     assert flask("forward", "--status").stdout.startswith(f"to {receiver.url}: runs\n")
     process.kill()

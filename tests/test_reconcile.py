@@ -1,5 +1,6 @@
 """flask reconcile, against a stand-in for Persona's API."""
 
+import contextlib
 import json
 
 import persona_api
@@ -130,7 +131,7 @@ def test_what_the_rules_mean_to_differ_is_not_told(
 ):
     if rule:
         kyc.status_rule(rule, "approved")
-        with kyc.contextlib.closing(kyc.connect(database)) as db:
+        with contextlib.closing(kyc.connect(database)) as db:
             kyc.write_rules(db, ())
     send(name, inquiry_id="inq_1", created_at=at(0))
     api.add_inquiry("inq_1", status)
@@ -173,9 +174,8 @@ def test_mend_appends_an_event_that_a_real_one_replaces(status, api, reconcile, 
     assert (code, [one["event"] for one in differences]) == (0, [EVENTS[status]])
     row = db.execute("SELECT * FROM events").fetchone()
     assert (row["source"], row["created_at"], row["name"]) == ("operator", AT, EVENTS[status])
-    assert [row[n] for n in ("reference_id", "account_id", "template_id")] == [
-        *("user-1", "act_1", "itmpl_1")
-    ]
+    ids = [row[n] for n in ("reference_id", "account_id", "template_id")]
+    assert ids == ["user-1", "act_1", "itmpl_1"]
     assert here(db, "inq_1") == (status, row["event_id"], "user-1")
     assert reconcile("--mend") == (0, [])
     send(EVENTS[status], event_id="evt_real", inquiry_id="inq_1", created_at=at(0, "00.100"))
