@@ -1534,7 +1534,7 @@ def prepare_service(app: Flask, environ: Mapping[str, str]) -> None:
     except UnusableError:
         raise
     except DatabaseError as error:
-        log.error("KYC_DATABASE cannot be used for now, events get 503: %s", error)
+        log.error("the database cannot be used for now, events get 503: %s", error)
     atexit.register(journal.stop)
 
 

@@ -176,7 +176,7 @@ def test_worker_that_starts_while_a_stranger_holds_a_lock_ends_nothing(locked_se
         with lock:
             for server in servers:
                 kill_worker(server)
-            words, log = "KYC_DATABASE cannot be used for now, events get 503", servers[0].log
+            words, log = "the database cannot be used for now, events get 503", servers[0].log
             wait_until(lambda: log.read_text().count(words) == 2, seconds=30)
             assert [server.process.poll() for server in servers] == [None, None]
         for load in loads:
