@@ -114,7 +114,10 @@ CHANGES = (  # of the words of ../schema.sql, in this order
     (r"\) STRICT(, WITHOUT ROWID)?;", ");"),
     (r"SELECT RAISE\(IGNORE\);", "RETURN NULL;"),
     (r"SELECT RAISE\(ABORT, (.*?)\);", r"RAISE EXCEPTION USING ERRCODE = '23000', MESSAGE = \1;"),
-    (r"PRAGMA user_version = (\d+);", r"COMMENT ON TABLE events IS 'kyc \1';"),
+    (
+        r"PRAGMA user_version = (\d+);",
+        r"COMMENT ON TABLE events IS 'kyc \1'; UPDATE journal_lock SET version = \1;",
+    ),
 )
 
 

@@ -8,8 +8,8 @@
 -- time, on however many machines: who comes next sees all that was committed before, and positions
 -- are in commit order. A counter in this row would have a new version with each commit, all of
 -- which PostgreSQL keeps, and looks through, while a long transaction such as pg_dump's is open.
-CREATE TABLE IF NOT EXISTS journal_lock (one INTEGER NOT NULL);
-INSERT INTO journal_lock SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM journal_lock);
+CREATE TABLE IF NOT EXISTS journal_lock (version INTEGER NOT NULL);  -- of the tables
+INSERT INTO journal_lock SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM journal_lock);
 
 -- Functions of SQLite that the shared SQL calls.
 CREATE OR REPLACE FUNCTION instr(whole TEXT, part TEXT) RETURNS INTEGER IMMUTABLE STRICT LANGUAGE sql
@@ -186,8 +186,7 @@ DECLARE
     account_ids TEXT[];
     object_ids TEXT[];
 BEGIN
-    PERFORM 1 FROM journal_lock FOR UPDATE;
-    IF obj_description('events'::regclass, 'pg_class') <> 'kyc ' || release THEN
+    IF (SELECT version FROM journal_lock FOR UPDATE) <> release THEN
         RAISE EXCEPTION 'the tables were made by another release of this service';
     END IF;
     last := COALESCE((SELECT max(rowid) FROM events), 0);

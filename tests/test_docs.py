@@ -278,7 +278,7 @@ def constants():
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(node.value)
+                texts.append(node.value.replace("%s", "\0"))
             elif isinstance(node, ast.JoinedStr):
                 parts = [getattr(part, "value", "\0") for part in node.values]
                 texts.append("".join(part if isinstance(part, str) else "\0" for part in parts))
