@@ -196,7 +196,7 @@ def read_body(limit: int) -> bytes:
     environ = request.environ  # its wsgi.input takes a tenth of the time of request.stream
     connection, given = environ.get("gunicorn.socket"), environ.get("CONTENT_LENGTH", "")
     length = int(given) if given.isdecimal() else 0
-    if connection:  # a client that stalls must not hold a thread; settimeout would poll each call
+    if connection:  # a client that sends nothing must not hold a thread; settimeout would poll
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, STALL)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, STALL)
     parts, size = [], 0
@@ -244,7 +244,7 @@ def livez() -> Response:
 
 @routes.get("/healthz")
 def healthz() -> Response:
-    """Say whether the database can be opened and written, by writing to it once a second."""
+    """Say whether the database can be opened and written; it is tried once a second at most."""
     if reason := current_app.extensions["journal"].probe():
         return answer(503, {"status": "unavailable", "reason": reason})
     return answer(200, {"status": "ok"})
@@ -290,7 +290,7 @@ def log_rejection(reason: str, stale: bool = False) -> None:
 
 
 def quote(value: str) -> str:
-    """Return `value` as one word of a log line."""
+    """Return `value` for a log line: as it is when it is a plain word, else in quotes, cut."""
     return value if re.fullmatch(r"[\w./:+-]{1,128}", value, re.ASCII) else json.dumps(value[:128])
 
 
@@ -367,6 +367,7 @@ def read_signatures(headers: Mapping[str, str], scheme: str) -> list[tuple[str, 
 # Events
 # --------------------------------------------------------------------------------------
 
+MAX_TEXT = 1000  # bytes of an ID; an index of PostgreSQL takes 2,700, with two IDs in it
 NAMED_BY_REFERENCE = {"transaction", "importer-pipeline-run"}  # theirs, not a person's
 PLURALS = {"inquiry": "inquiries", "account": "accounts"}
 MENTIONS = (re.compile(rb"inq_\w{1,64}"), re.compile(rb"act_\w{1,64}"))
@@ -429,13 +430,12 @@ def read_object(thing: Any, kind: str) -> tuple[str | None, ...]:
         object_type = text(kind)
     attributes = field(thing, "attributes")
     status = text(field(attributes, "status"))
-    inquiry_id, account_id = related(thing, "inquiry"), related(thing, "account")
+    inquiry_id = object_id if object_type == "inquiry" else related(thing, "inquiry")
+    account_id = object_id if object_type == "account" else related(thing, "account")
     reference_id = template_id = None
     if object_type == "inquiry":
-        inquiry_id = object_id
         template_id = related(thing, "inquiry-template") or related(thing, "template")
     elif object_type == "account":
-        account_id = object_id
         status = text(field(attributes, "account-status")) or status
     if object_type not in NAMED_BY_REFERENCE:
         reference_id = text(field(attributes, "reference-id"))
@@ -482,14 +482,13 @@ def camel_case(key: str) -> str:
 
 
 def text(value: Any) -> str | None:
-    """Return `value` if it is non-empty text that SQLite can store, else None."""
+    """Return `value` if it is text that every index can hold, else None."""
     if not isinstance(value, str) or not value or "\0" in value:
         return None
     try:
-        value.encode()  # a lone surrogate is legal in JSON, but not in UTF-8
-    except UnicodeEncodeError:
+        return value if len(value.encode()) <= MAX_TEXT else None
+    except UnicodeEncodeError:  # a lone surrogate is legal in JSON, but not in UTF-8
         return None
-    return value
 
 
 def read_time(value: Any) -> str | None:
@@ -611,7 +610,7 @@ class Journal:
     - Thread and connection belong to the process that first appends: made after a fork.
     """
 
-    lingers = True  # for requests that are nearly in line, so that they share the commit
+    lingers = True  # requests that are about to get in line share the commit
 
     def __init__(self, config: Config):
         self.config, self.path = config, config.database
@@ -623,13 +622,15 @@ class Journal:
         """Start from nothing, as a process does that has just been forked."""
         self.inherited = getattr(self, "db", None)  # SQLite forbids to close it in a child
         self.line: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self.starting = threading.Lock()
+        self.starting, self.probing = threading.Lock(), threading.Lock()
         self.thread: threading.Thread | None = None
         self.db: Connection | None = None
         self.files: list[Any] = []  # which files are open: the database, its WAL, the WAL's index
         self.wal_bytes = 0  # about, that commits have added since it was last copied
         self.rebuilding: Iterator[Any] | None = None
-        self.busy_since: float | None = None  # begin of the present spell without a commit
+        # Since when deliveries have waited without a commit; kept over failures, so that those
+        # that come later wait less. Readers wait while it is set.
+        self.busy_since: float | None = None
         self.looked_at = self.emptied_at = self.probed_at = self.commit_seconds = 0.0
         self.probed = ""  # why the last probe failed
         self.commits = 0
@@ -648,7 +649,10 @@ class Journal:
         with self.starting:
             if self.thread is None or not self.thread.is_alive():
                 self.thread = threading.Thread(target=self.run, daemon=True)
-                self.thread.start()
+                try:
+                    self.thread.start()
+                except RuntimeError:
+                    raise JournalError("no thread can be started") from None
         busy = time.monotonic() - (self.busy_since or time.monotonic())
         served = delivery.done.acquire(timeout=max(ANSWER_SECONDS - busy, LEAST_SECONDS))
         if delivery.outcome is None:
@@ -658,14 +662,15 @@ class Journal:
 
     def probe(self) -> str:
         """Return why the journal cannot be written, or ''; it is tried once a second at most."""
-        if time.monotonic() > self.probed_at + 1.0:
-            self.probed_at = time.monotonic()
-            try:
-                self.append(Delivery())
-                self.probed = ""
-            except JournalError as error:
-                self.probed = str(error)
-        return self.probed
+        with self.probing:
+            if time.monotonic() > self.probed_at + 1.0:
+                try:
+                    self.append(Delivery())
+                    self.probed = ""
+                except JournalError as error:
+                    self.probed = str(error)
+                self.probed_at = time.monotonic()
+            return self.probed
 
     def stop(self) -> None:
         """Finish what is in line, end the thread, and close the database."""
@@ -676,14 +681,15 @@ class Journal:
 
     def run(self) -> None:
         """Commit what is in line, again and again, and look after the files in between."""
-        take_core()
+        pin_to_core()
         while not self.stopping or not self.line.empty():
             batch: list[Delivery] = []
             with contextlib.suppress(queue.Empty):
                 batch.append(self.line.get(timeout=0.001 if self.rebuilding else 1.0))
             self.busy_since = self.busy_since or time.monotonic()  # a turn may be long in coming
-            waiting = 0
-            while self.lingers and waiting < (waiting := self.line.qsize()):
+            before = 0
+            while self.lingers and self.line.qsize() > before:  # requests are still arriving
+                before = self.line.qsize()
                 os.sched_yield()
             if batch:
                 self.serve(batch)
@@ -752,7 +758,8 @@ class Journal:
                             self.emptied_at = time.monotonic()
                     elif long:
                         checkpoint(self.db, "RESTART")
-                    self.wal_bytes = 0 if long or resting else self.wal_bytes
+                    if long or resting:
+                        self.wal_bytes = 0
         except FileGoneError:
             pass  # the next delivery gets this error
         except Exception as error:  # the thread survives; the next delivery opens anew
@@ -776,16 +783,16 @@ class Journal:
                 self.files = identify(self.path)
                 if self.files[0] != database or None in self.files:
                     raise DatabaseError("a file was replaced while it was opened")
+                lock_path(self.path).write_text(json.dumps(self.files))
             except BaseException:
                 db.close()
                 raise
-            lock_path(self.path).write_text(json.dumps(self.files))
             self.db, self.prepared = db, database
             self.rebuilding = rebuild(db, only_if_due=True)
         return self.db
 
     def check_files(self) -> bool:
-        """Tell whether another database is at the path; then the connection is dropped.
+        """Drop the connection if another database is at the path; return whether it was.
 
         Raises FileGoneError while the database, or the WAL that is open, is not at its path.
         """
@@ -797,15 +804,16 @@ class Journal:
         if files[0] == self.files[0]:
             if files[1] is None:
                 checkpoint(self.db, "TRUNCATE")  # nobody else can have begun another one
-            raise FileGoneError("the WAL is gone: bring it back, or stop and start")
+            raise FileGoneError("the WAL or its index is gone: bring it back, or stop and start")
         self.leave_database(files)
         return True
 
     def leave_database(self, files: list[Any]) -> None:
         """Let go of a database that was replaced, and take its WAL out of the way.
 
-        SQLite would take that WAL for the new file's, and damage it. What a reader or the disk
-        keeps from being copied into the old file stays under another name.
+        SQLite neither checkpoints nor removes the WAL of a file that was moved, but would take it
+        for the new file's, and damage that. What a reader or the disk keeps from being copied into
+        the old file stays under another name.
         """
         copied = False
         with contextlib.suppress(sqlite3.Error):
@@ -835,7 +843,7 @@ def store(db: Connection, deliveries: list[Delivery]) -> list[str | None]:
         return db.store(deliveries)  # a function of the same name on the server
     rows = [delivery.row() for delivery in deliveries]
     inserted = db.executemany(INSERT_EVENT, rows).rowcount if rows else 0
-    new = {row[0]: row[-2] for row in rows}  # event ID -> state
+    new = {row[0]: row[-2] for row in rows}  # the new events that have no outcome yet: their states
     states, events = new.copy(), [delivery.event for delivery in deliveries]
     if inserted < len(rows):
         found = select(db, READ_EVENTS, list(new))
@@ -848,9 +856,8 @@ def store(db: Connection, deliveries: list[Delivery]) -> list[str | None]:
     project(db, events)
     outcomes = []
     for event_id in [row[0] for row in rows]:
-        first = new.pop(event_id, None)
-        known = {"processed": STORED if first else DUPLICATE, "unrecognized": UNRECOGNIZED}
-        outcomes.append(known.get(states[event_id]))
+        done = STORED if new.pop(event_id, None) else DUPLICATE
+        outcomes.append({"processed": done, UNRECOGNIZED: UNRECOGNIZED}.get(states[event_id]))
     return outcomes
 
 
@@ -865,8 +872,8 @@ def read_mentions(delivery: Delivery) -> list[tuple[str, str]]:
 def select(db: Connection, query: str, keys: Iterable[str]) -> list[sqlite3.Row]:
     """Return the rows of a query in which `IN (:keys)` stands for `keys`.
 
-    One parameter a key, for SQLite takes those into the views; padded, so that few different
-    statements are prepared.
+    One parameter a key, because SQLite pushes such a list down into the views. The last key is
+    repeated up to a power of two, so that few different statements are prepared.
     """
     keys = list(keys)
     if not keys:
@@ -888,7 +895,7 @@ def describe_error(error: BaseException) -> str:
 def log_deliveries(batch: list[Delivery]) -> None:
     """Write a line for each delivery, all at once: no body, and no reference ID."""
     lines, level = [], logging.INFO
-    for delivery in filter(lambda delivery: delivery.event, batch):
+    for delivery in [one for one in batch if one.event]:
         lines.append(
             f"event={quote(delivery.event.event_id)} name={quote(delivery.event.name)}"
             f" outcome={delivery.outcome or 'unavailable'} attempt={delivery.attempt or 0}"
@@ -923,7 +930,7 @@ HELD_OBJECTS = "SELECT object_id FROM hold_events WHERE event_id IN (:keys)"
 MOVE_INQUIRIES = """
     UPDATE inquiries SET person = COALESCE((SELECT a.reference_id FROM accounts AS a
         WHERE a.account_id = inquiries.account_id), account_id)
-    WHERE account_id IN (:keys) AND reference_id IS NULL RETURNING person
+    WHERE account_id IN (:keys) AND reference_id IS NULL
 """
 FIND_PEOPLE = """  -- of an inquiry, an account and a reference ID
     SELECT person FROM inquiries WHERE inquiry_id = :inquiry
@@ -980,7 +987,7 @@ def refresh(
         account = (old or new)["account_id"]
         people |= {row["reference_id"] if row else account for row in (old, new)}
     for row in both_sides(update(db, "holds", objects)):
-        keys = dict(zip(("inquiry", "account", "reference"), tuple(row)[-3:], strict=True))
+        keys = {kind: row[f"{kind}_id"] for kind in ("inquiry", "account", "reference")}
         people |= {person for (person,) in db.execute(FIND_PEOPLE, keys) if person}
     return update(db, "kyc_status", people)
 
@@ -988,8 +995,8 @@ def refresh(
 def find_accounts(db: Connection, changes: list[Change]) -> set[str]:
     """Return the accounts whose reference ID may be another after these changes of inquiries.
 
-    The others cannot: an inquiry with the reference ID that the account has already was added, or
-    got a newer deciding event.
+    An account keeps its reference ID when an inquiry that carries that same ID is added, or gets a
+    newer deciding event.
     """
     accounts = {row["account_id"] for row in both_sides(changes) if row["account_id"]}
     known = dict(map(tuple, select(db, READ_ACCOUNTS, accounts)))
@@ -1034,12 +1041,12 @@ def statements(table: str) -> tuple[str, str, str]:
         values += ", strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
         sets += ", updated_at = excluded.updated_at"
     return (
-        f"SELECT * FROM {table} WHERE {key} IN (:keys)",
+        f"SELECT {names} FROM {table} WHERE {key} IN (:keys)",
         f"DELETE FROM {table} WHERE {key} IN (:keys) AND ({identity}) NOT IN"
-        f" (SELECT {identity} FROM {view} WHERE {key} IN (:keys)) RETURNING *",
+        f" (SELECT {identity} FROM {view} WHERE {key} IN (:keys)) RETURNING {names}",
         f"INSERT INTO {table} ({into}) SELECT {values} FROM {view} WHERE {key} IN (:keys)"
         f" ON CONFLICT ({identity}) DO UPDATE SET {sets}"
-        f" WHERE ({old}) IS NOT ({new}) RETURNING *",
+        f" WHERE ({old}) IS NOT ({new}) RETURNING {names}",
     )
 
 
@@ -1294,7 +1301,7 @@ def require_own_wal(path: Path) -> None:
     files it has open.
     """
     database, wal, _ = identify(path)
-    with contextlib.suppress(OSError, ValueError):  # nothing is noted
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # nothing is noted
         noted = json.loads(lock_path(path).read_text())
         if wal and list(wal) == noted[1] and list(database or ()) != noted[0]:
             raise DatabaseError(
@@ -1356,7 +1363,8 @@ def prepare(db: Connection, config: Config | None) -> Connection:
 def migrate(db: Connection, version: int) -> None:
     """Bring the schema of an earlier version, 0 for none, up to date in one transaction.
 
-    Views and triggers are made anew. As the rules may be others, so are the projections, later.
+    Views and triggers are made anew. The rules may have changed with them: `write_rules` has the
+    projections computed anew.
     """
     schema = SCHEMA.read_text()
     made = re.findall(r"^CREATE (VIEW|TRIGGER) IF NOT EXISTS (\w+)", schema, re.M)
@@ -1366,7 +1374,7 @@ def migrate(db: Connection, version: int) -> None:
 
 
 def write_rules(db: Connection, templates: tuple[str, ...]) -> None:
-    """Bring the rules of handlers.py and KYC_TEMPLATES into their tables, if they are others.
+    """Bring the rules of handlers.py and KYC_TEMPLATES into their tables, if they differ.
 
     The projections are then to be made anew: see `rebuild`.
     """
@@ -1458,8 +1466,10 @@ def turn(path: Path, seconds: float | None = None) -> Iterator[None]:
         wait_for_lock(gate, seconds)
         wait_for_lock(lock, seconds)
         fcntl.flock(gate, fcntl.LOCK_UN)
-        yield
-        fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not, while a forked process has it, too
+        try:
+            yield
+        finally:  # closing would not unlock while a forked process has the file, too
+            fcntl.flock(lock, fcntl.LOCK_UN)
     finally:
         os.close(gate)
         os.close(lock)
@@ -1467,7 +1477,8 @@ def turn(path: Path, seconds: float | None = None) -> Iterator[None]:
 
 def open_lock(path: Path, suffix: str) -> int:
     """Open a lock file beside the database; one that root creates is the database owner's."""
-    file = os.open(path.with_name(path.name + suffix), os.O_RDWR | os.O_CREAT, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    file = os.open(path.with_name(path.name + suffix), flags, 0o600)
     if os.geteuid() == 0 and path.exists():
         os.fchown(file, path.stat().st_uid, path.stat().st_gid)
     return file
@@ -1507,16 +1518,20 @@ def create_app(environ: Mapping[str, str]) -> Flask:
     app.register_error_handler(JournalError, answer_unavailable)
     app.register_error_handler(HTTPException, answer_http_error)
     app.register_error_handler(Exception, answer_bug)
-    if environ.get("FLASK_RUN_FROM_CLI") != "true":
-        prepare_service(app, environ)
+    serving = environ.get("FLASK_RUN_FROM_CLI") != "true"
+    if serving:
+        start_logging()
+        atexit.register(app.extensions["journal"].stop)
     for folder, wanted in (("commands", True), ("dashboard", "KYC_API_TOKEN" in environ)):
         if wanted and (HERE / folder / "__init__.py").exists():
             importlib.import_module(folder).register(app, environ)
+    if serving:  # last: a start that is refused must change nothing
+        prepare_service(app, environ)
     return app
 
 
 def prepare_service(app: Flask, environ: Mapping[str, str]) -> None:
-    """Make ready to receive: log, warn, prepare the database, and finish it at the end."""
+    """Make ready to receive: warn, and prepare the database."""
     config, journal = app.config["KYC"], app.extensions["journal"]
     if not config.secrets:
         raise ConfigError("PERSONA_WEBHOOK_SECRET is not set: nothing could be verified")
@@ -1526,18 +1541,16 @@ def prepare_service(app: Flask, environ: Mapping[str, str]) -> None:
             "KYC_DATABASE would be on a Heroku dyno's disk, which is emptied at each restart;"
             " to serve all the same set KYC_EPHEMERAL_DISK=accept"
         )
-    start_logging()
     warn(config)
     try:
         complete = prepare_database(config)
-        journal.prepared = on_disk and identify(config.database)[0]
+        journal.prepared = identify(config.database)[0] if on_disk else config.database
         if not complete:  # the journal goes on with the past
             threading.Thread(target=journal.probe, daemon=True).start()
     except UnusableError:
         raise
     except DatabaseError as error:
         log.error("the database cannot be used for now, events get 503: %s", error)
-    atexit.register(journal.stop)
 
 
 def start_logging() -> None:
@@ -1562,7 +1575,7 @@ def warn(config: Config) -> None:
         log.warning("WARNING: no replay protection: timestamps are not checked")
 
 
-def take_core() -> None:
+def pin_to_core() -> None:
     """Keep this process on one core, the one with the fewest of its siblings.
 
     Its threads share one interpreter lock. On one core they hand it on at once; across

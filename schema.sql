@@ -1,5 +1,5 @@
 -- The tables of the Persona webhook receiver, as read with: sqlite3 kyc.db
--- Applied when the database is created; running it again changes nothing.
+-- Applied when the database is created or migrated; running it again changes nothing.
 -- All times are UTC, YYYY-MM-DDTHH:MM:SS.mmmZ, so they sort as text.
 --
 --   1  the journal      events, mentions, redactions: append-only, all else follows from it

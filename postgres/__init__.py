@@ -496,8 +496,8 @@ def check_version(version: int, encoding: str) -> None:
         raise kyc.UnusableError(f"the tables were made by {age} of this service")
 
 
-def prepare(db: Connection, config: kyc.Config) -> None:
-    """Make the tables or bring them up to date, and bring in the configured rules."""
+def prepare(db: Connection, config: kyc.Config | None) -> None:
+    """Make the tables or bring them up to date, and bring in the rules unless `config` is None."""
     if db.execute("PRAGMA user_version").fetchone()[0] < kyc.SCHEMA_VERSION:
         try:
             with one_starter(db.session), db.session.transaction():
@@ -508,7 +508,8 @@ def prepare(db: Connection, config: kyc.Config) -> None:
             raise kyc.UnusableError(str(as_sqlite_error(error))) from None
         except psycopg.Error as error:
             raise as_sqlite_error(error) from None
-    kyc.write_rules(db, config.templates)
+    if config:
+        kyc.write_rules(db, config.templates)
 
 
 @contextlib.contextmanager
@@ -530,14 +531,14 @@ def migrate(session: Session, version: int) -> None:
     steps = [kyc.STEPS[number] for number in range(version + 1, kyc.SCHEMA_VERSION + 1) if version]
     schema = Path(__file__).with_name("schema.sql").read_text()
     before, after, each, functions = re.split(r"^-- [2-4]\. .*$", schema, flags=re.MULTILINE)
-    updates = [write_update(each, table) for table in kyc.COLUMNS]
+    updates = [update_function(each, table) for table in kyc.COLUMNS]
     tables = [translate_schema(sql) for sql in (*steps, kyc.SCHEMA.read_text())]
     session.execute("SELECT 1 FROM journal_lock FOR UPDATE" if version else "")
     session.execute("\n".join([before, *tables, after, *updates, functions]))
 
 
-def write_update(template: str, table: str) -> str:
-    """Return the function that makes rows of a projection what its view says."""
+def update_function(template: str, table: str) -> str:
+    """Return the SQL of update_<table>, from its template in schema.sql."""
     columns = kyc.COLUMNS[table].split()
     identity = columns[: 2 if table == "holds" else 1]
     words = {
@@ -581,12 +582,12 @@ class PostgresJournal(kyc.Journal):
         if self.db is None:
             db = self.path.connect(seconds=HANG_SECONDS)
             try:
-                prepare(db, self.config)
+                prepare(db, None if self.prepared else self.config)
                 self.rebuilding = kyc.rebuild(db, only_if_due=True)
             except BaseException:
                 db.close()
                 raise
-            self.db = db
+            self.db, self.prepared = db, self.path
         return self.db
 
     def commit(self, batch: list[kyc.Delivery]) -> None:
@@ -599,7 +600,7 @@ class PostgresJournal(kyc.Journal):
                     raise
 
     def write(self, db: Connection, deliveries: list[kyc.Delivery], probing: bool) -> list[Any]:
-        """Store `deliveries` by one statement, which is a transaction of its own, and a probe."""
+        """Store `deliveries` by one statement, its own transaction; without any it is a probe."""
         return db.store(deliveries)
 
     def close(self) -> None:
@@ -617,4 +618,5 @@ class PostgresJournal(kyc.Journal):
         except Exception as error:  # the thread survives; the next delivery opens anew
             kyc.log.error("the database cannot be looked after: %s", kyc.describe_error(error))
             self.close()
-        self.busy_since = None if resting else self.busy_since
+        if resting:
+            self.busy_since = None

@@ -24,10 +24,10 @@ CREATE OR REPLACE FUNCTION strftime(form TEXT, moment TEXT) RETURNS TEXT VOLATIL
         ELSE moment::TIMESTAMPTZ END) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')
     WHERE form = '%Y-%m-%dT%H:%M:%fZ'$$;
 
--- Of a glob only * and ? and [...], which are what SQLite knows.
+-- Of a glob only * and ?: no name of an event has a bracket.
 CREATE OR REPLACE FUNCTION glob(pattern TEXT, whole TEXT) RETURNS BOOLEAN IMMUTABLE STRICT LANGUAGE sql
     AS $$SELECT whole ~ ('^' || replace(replace(regexp_replace(
-        pattern, '([.+(){}|\\$])', '\\\1', 'g'), '*', '.*'), '?', '.') || '$')$$;
+        pattern, '([]+.(){}|^\\$[])', '\\\1', 'g'), '*', '.*'), '?', '.') || '$')$$;
 
 CREATE OR REPLACE FUNCTION json_each(list TEXT) RETURNS TABLE (value TEXT) IMMUTABLE STRICT LANGUAGE sql
     AS 'SELECT json_array_elements_text(list::json)';

@@ -21,7 +21,9 @@ USER = "postgres"  # Debian's; PostgreSQL refuses to run as root
 
 def find_binaries():
     """Return the folder of the newest PostgreSQL, or None."""
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parent.name)
+    folders = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name)
+    )
     found = shutil.which("pg_ctl")
     return folders[-1] if folders else Path(found).parent if found else None
 
@@ -53,7 +55,7 @@ class Cluster:
         return self.folder / "data"
 
     def run(self, program, *arguments):
-        """Run one of PostgreSQL's programs, as root as the user `postgres`."""
+        """Run one of PostgreSQL's programs; as the user `postgres` if the tests run as root."""
         command = [self.binaries / program, *arguments]
         if os.geteuid() == 0:
             command = ["runuser", "-u", USER, "--", *command]
@@ -125,9 +127,9 @@ class Relay:
     def accept(self):
         with contextlib.suppress(OSError):  # closed
             while True:
-                client = self.listener.accept()[0]
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(self.path)
+                client, server = self.listener.accept()[0], socket.socket(socket.AF_UNIX)
+                with contextlib.suppress(OSError):  # down for a moment
+                    server.connect(self.path)
                 self.ends += [client, server]
                 for ends in ((client, server), (server, client)):
                     self.threads.append(threading.Thread(target=self.pass_on, args=ends))

@@ -35,7 +35,7 @@ import cluster as postgresql  # noqa: E402
 import app as kyc  # noqa: E402
 from commands.trigger import build_event  # noqa: E402
 
-kyc.take_core = lambda: None  # it would hold pytest, and every server it starts, on one core
+kyc.pin_to_core = lambda: None  # it would hold pytest, and every server it starts, on one core
 
 ROOT = Path(kyc.__file__).parent
 PAYLOADS = ROOT.parent / "shared" / "persona" / "payloads"
@@ -259,7 +259,7 @@ def later(tmp_path):
             (
                 "schema.sql",
                 "('inquiry.created', '', 'c",
-                "('case.created', '', 'declined'),\n\\g<0>",
+                "('case.created', '', 'declined'),\n    ('inquiry.created', '', 'c",
             ),
             (
                 "schema.sql",
@@ -270,7 +270,7 @@ def later(tmp_path):
         ):
             text = (folder / name).read_text()
             assert text.count(old) == 1, old
-            (folder / name).write_text(text.replace(old, new.replace("\\g<0>", old)))
+            (folder / name).write_text(text.replace(old, new))
         return folder
 
     return later

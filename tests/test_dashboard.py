@@ -812,8 +812,10 @@ def walk_server(server):
     return people
 
 
-def test_token_in_a_real_start(serve, refusal):
-    words = refusal({"PERSONA_WEBHOOK_SECRET": SECRET, "KYC_API_TOKEN": "too-short-token"})
+def test_token_in_a_real_start(serve, refusal, tmp_path):
+    own = {"PERSONA_WEBHOOK_SECRET": SECRET, "KYC_DATABASE": str(tmp_path / "none.db")}
+    words = refusal({**own, "KYC_API_TOKEN": "too-short-token"})
     assert "app.py: KYC_API_TOKEN: entry 1 of 1" in words
     assert "too-short" not in words
+    assert not (tmp_path / "none.db").exists()  # a start that is refused changes nothing
     assert serve().request("GET", "/people", headers=basic(TOKEN))[0] == 200

@@ -102,6 +102,14 @@ def test_created_at_is_normalised_or_the_receipt_stands_in(value, expected):
     assert read(wrap({}, **{"created-at": value})).created_at == expected
 
 
+def test_id_that_is_too_long_counts_as_none():
+    long = "\N{SNOWMAN}" * 334  # 1,002 bytes
+    thing = {"type": "inquiry", "id": "inq_1", "attributes": {"reference-id": long}}
+    event = read({"id": "evt_1", "type": "inquiry.failed", "data": thing})
+    assert (event.event_id, event.inquiry_id, event.reference_id) == ("evt_1", "inq_1", None)
+    assert read({"id": long, "type": "inquiry.failed", "data": thing}).name == "unrecognized"
+
+
 def test_age_of_the_object_is_not_the_time_of_the_event():
     thing = {"type": "inquiry", "id": "inq_1", "attributes": {"created-at": "2020-01-01T00:00:00Z"}}
     event = read({"id": "evt_1", "type": "inquiry.approved", "data": thing, "created": 1700000000})

@@ -272,7 +272,9 @@ def test_nothing_is_acknowledged_while_the_wal_is_gone(app, create, files, send,
     file.rename(aside)
     response = send("inquiry.approved", event_id="evt_1")
     assert response.status_code == 503
-    assert response.json["reason"] == "the WAL is gone: bring it back, or stop and start"
+    assert response.json["reason"] == (
+        "the WAL or its index is gone: bring it back, or stop and start"
+    )
     aside.rename(file)
     assert send("inquiry.approved", event_id="evt_1").status_code == 200
     file.unlink()
