@@ -811,7 +811,8 @@ def test_rebuild_loses_no_delivery_that_arrives_meanwhile(serve, flask, database
     with load(serve()) as acknowledged:
         for wreck in ("DELETE FROM inquiries", "DELETE FROM kyc_status"):
             time.sleep(0.5)
-            ask(database, wreck)
+            with contextlib.closing(kyc.connect(database)) as db, kyc.transaction(db):
+                db.execute(wreck)
             flask("rebuild")
     stored = {row[0] for row in ask(database, "SELECT event_id FROM events")}
     assert stored == set(acknowledged)
