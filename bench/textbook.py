@@ -9,6 +9,7 @@ import json
 import os
 import sqlite3
 import threading
+from typing import Any
 
 from flask import Flask, abort, request
 
@@ -70,15 +71,20 @@ def verify(body: bytes) -> None:
 
 def store(event: dict, body: str) -> None:
     """Insert the event and set the person's status, in one transaction."""
+    db = get_db()
+    with db:
+        write(db, event, body, INSERT_EVENT, SET_STATUS)
+
+
+def write(db: Any, event: dict, body: str, insert_event: str, set_status: str) -> None:
+    """Run the statements that store an event, in a transaction of the caller."""
     attributes = event["attributes"]
     name, created_at = attributes["name"], attributes["created-at"]
     inquiry = attributes["payload"]["data"]
-    db = get_db()
-    with db:
-        new = db.execute(INSERT_EVENT, (event["id"], name, created_at, body)).rowcount
-        if new and name in STATUSES:
-            person = inquiry["attributes"]["reference-id"] or inquiry["id"]
-            db.execute(SET_STATUS, (person, STATUSES[name], inquiry["id"], created_at))
+    new = db.execute(insert_event, (event["id"], name, created_at, body)).rowcount
+    if new and name in STATUSES:
+        person = inquiry["attributes"]["reference-id"] or inquiry["id"]
+        db.execute(set_status, (person, STATUSES[name], inquiry["id"], created_at))
 
 
 @app.post("/webhooks/persona")

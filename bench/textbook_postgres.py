@@ -9,18 +9,9 @@ import threading
 
 import psycopg
 from flask import Flask, request
-from textbook import SCHEMA, STATUSES, verify
+from textbook import INSERT_EVENT, SCHEMA, SET_STATUS, verify, write
 
-INSERT_EVENT = """
-    INSERT INTO events (event_id, name, created_at, body) VALUES (%s, %s, %s, %s)
-    ON CONFLICT (event_id) DO NOTHING
-"""
-SET_STATUS = """
-    INSERT INTO kyc_status (reference_id, status, inquiry_id, event_at) VALUES (%s, %s, %s, %s)
-    ON CONFLICT (reference_id) DO UPDATE SET
-        status = excluded.status, inquiry_id = excluded.inquiry_id, event_at = excluded.event_at
-    WHERE excluded.event_at >= kyc_status.event_at
-"""
+INSERT, SET = (sql.replace("?", "%s") for sql in (INSERT_EVENT, SET_STATUS))
 
 app = Flask(__name__)
 local = threading.local()
@@ -35,15 +26,9 @@ def get_db() -> psycopg.Connection:
 
 def store(event: dict, body: str) -> None:
     """Insert the event and set the person's status, in one transaction."""
-    attributes = event["attributes"]
-    name, created_at = attributes["name"], attributes["created-at"]
-    inquiry = attributes["payload"]["data"]
-    with get_db().transaction():
-        db = get_db()
-        new = db.execute(INSERT_EVENT, (event["id"], name, created_at, body)).rowcount
-        if new and name in STATUSES:
-            person = inquiry["attributes"]["reference-id"] or inquiry["id"]
-            db.execute(SET_STATUS, (person, STATUSES[name], inquiry["id"], created_at))
+    db = get_db()
+    with db.transaction():
+        write(db, event, body, INSERT, SET)
 
 
 @app.post("/webhooks/persona")
