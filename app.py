@@ -1312,7 +1312,7 @@ def require_own_wal(path: Path) -> None:
 def prepare_database(config: Config) -> bool:
     """Create the database if there is none, mode 0600, and bring it up to date.
 
-    New rules are applied to the past for START_SECONDS at most; return whether that was enough.
+    Return whether new rules have been applied to all of the past, as `catch_up` does.
     Raises UnusableError when no waiting helps, DatabaseError when something is in the way.
     """
     path = config.database
@@ -1325,11 +1325,7 @@ def prepare_database(config: Config) -> bool:
         with contextlib.closing(connect(path)) as db:
             with turn(path, seconds=10), transaction(prepare(db, config)):
                 db.execute(PROBE)  # fails here, not at the first event, when read-only
-            steps, deadline = rebuild(db, only_if_due=True), time.monotonic() + START_SECONDS
-            complete = False
-            while not complete and time.monotonic() < deadline:
-                with turn(path, seconds=10):
-                    complete = next(steps, None) is None
+            complete = catch_up(db, path)
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)  # the new files' names must last, too
         os.close(directory)
@@ -1338,6 +1334,16 @@ def prepare_database(config: Config) -> bool:
         raise UnusableError(error.strerror) from None
     except (OSError, sqlite3.Error) as error:
         raise DatabaseError(describe_error(error)) from None
+
+
+def catch_up(db: Connection, path: Any) -> bool:
+    """Apply new rules to the past for START_SECONDS at most; return whether that was enough."""
+    steps, deadline = rebuild(db, only_if_due=True), time.monotonic() + START_SECONDS
+    complete = False
+    while not complete and time.monotonic() < deadline:
+        with turn(path, seconds=10):
+            complete = next(steps, None) is None
+    return complete
 
 
 def prepare(db: Connection, config: Config | None) -> Connection:

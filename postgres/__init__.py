@@ -17,7 +17,6 @@ import functools
 import json
 import re
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -464,11 +463,7 @@ class Address:
                 prepare(db, config)
                 with kyc.transaction(db):
                     db.execute(kyc.PROBE)
-                steps = kyc.rebuild(db, only_if_due=True)
-                deadline, complete = time.monotonic() + kyc.START_SECONDS, False
-                while not complete and time.monotonic() < deadline:
-                    complete = next(steps, None) is None
-                return complete
+                return kyc.catch_up(db, self)
         except sqlite3.Error as error:
             raise kyc.DatabaseError(kyc.describe_error(error)) from None
 
